@@ -1,0 +1,277 @@
+"""The store, schema 1: one folder that stages two and three need nothing besides.
+
+    store.zarr/layers/<L>/{input,output}       [N, d]   float16 | float32 | uint16 that means bfloat16
+               rows/{seq,pos,flags}            [N]      row -> sequence, position, flag bits
+               tokens/{ids,doc}                [n_seq, context]
+               weights/<L>.safetensors         the MLP; head.safetensors: embedding, unembedding, final norm
+               tokenizer/                      as transformers saves it
+               units/<id>.json, .safetensors   commit marker; float64 sums of the unit
+               _COMPLETE.json                  count and digest of the markers, merged statistics
+
+A unit exists completely or not at all: its shards are on the disk under their names before its marker is.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import zarr
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from zarr.codecs import Crc32cCodec
+
+from . import weights
+from .config import spell
+from .layout import Layout
+from .shards import DamagedStore, ShardWriter, read_chunk, read_index, write_file
+
+SCHEMA = 1
+NAME = "store.zarr"
+SIDES = ("input", "output")
+ROW_FIELDS = {"seq": "uint32", "pos": "uint16", "flags": "uint8"}
+BOS, SPECIAL, PAD, SINK, HELD_OUT = (1 << bit for bit in range(5))
+LEFT_OUT = BOS | SPECIAL | PAD | SINK  # rows that no statistic, no training batch and no metric reads
+
+# bfloat16 has no Zarr type: its bits are stored as uint16, and the fill value is a NaN of each format
+DISK_DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
+FILLS = {"float16": np.float16("nan"), "float32": np.float32("nan"), "bfloat16": np.uint16(0x7FC0)}
+
+
+def to_disk(tensor: Tensor, dtype: str) -> np.ndarray:
+    """Cast to the storage dtype; bfloat16 comes back as its bits."""
+    tensor = tensor.detach().to("cpu", getattr(torch, dtype)).contiguous()
+    return tensor.view(torch.uint16).numpy() if dtype == "bfloat16" else tensor.numpy()
+
+
+def digest(text: str | bytes) -> str:
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+
+
+def locate(path: Path) -> Path:
+    """The store at `path`, which may be the store itself or the folder that holds it."""
+    path = Path(path)
+    for candidate in (path, path / NAME):
+        if (candidate / "zarr.json").is_file():
+            return candidate
+    raise FileNotFoundError(f"no store at {path}: make one with `cli cache --out {path}`, or name another folder")
+
+
+def read_attributes(path: Path) -> dict:
+    """The root attributes; ValueError if this is not a store of this schema."""
+    attributes = json.loads((path / "zarr.json").read_text()).get("attributes", {})
+    schema = attributes.get("expanse_schema")
+    if schema is None:
+        raise ValueError(f"{path} is a Zarr group but not an Expanse store: name another folder")
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has store schema {schema} and this version reads {SCHEMA}: cache it again")
+    return attributes
+
+
+def create(path: Path, attributes: dict, layout: Layout, widths: dict[int, tuple[int, int]], tokens: tuple) -> None:
+    """Create the arrays and write the tokens: all metadata, by one process, before any unit.
+
+    `widths` gives (d_in, d_out) per layer, `tokens` the ids and document numbers, both (n_seq, context).
+    """
+    dtype = attributes["dtype"]
+    root = zarr.create_group(path, zarr_format=3, attributes=attributes)
+    sizes = {"shape": layout.n_rows, "shards": layout.unit_rows}
+    for layer, sides in widths.items():
+        for side, d in zip(SIDES, sides, strict=True):
+            array = _create(
+                root, f"layers/{layer}/{side}", sizes, layout.chunk_rows, d, DISK_DTYPES[dtype], FILLS[dtype]
+            )
+            array.attrs.update({"logical_dtype": dtype, "layer": layer, "side": side})
+    for name, kind in ROW_FIELDS.items():
+        _create(root, f"rows/{name}", sizes, layout.unit_rows, None, np.dtype(kind), 0)
+    for name, values in zip(("ids", "doc"), tokens, strict=True):
+        array = root.create_array(f"tokens/{name}", shape=values.shape, dtype=values.dtype, chunks=values.shape)
+        array[:] = values
+    for folder in ("units", "weights"):
+        (path / folder).mkdir()
+
+
+def _create(root: zarr.Group, name: str, sizes: dict, chunk: int, d: int | None, dtype: np.dtype, fill) -> zarr.Array:
+    tail = () if d is None else (d,)
+    return root.create_array(
+        name, shape=(sizes["shape"], *tail), shards=(sizes["shards"], *tail), chunks=(chunk, *tail), dtype=dtype,
+        fill_value=fill, filters=None, compressors=[Crc32cCodec()], config={"write_empty_chunks": True},
+    )  # fmt: skip
+
+
+class UnitWriter:
+    """Writes one unit: rows into a shard of every array, and at the end the marker that makes them count."""
+
+    def __init__(self, path: Path, unit: int, layout: Layout, layers: list[int], dtype: str) -> None:
+        self.path, self.unit, self.rows, self.dtype = path, unit, 0, dtype
+        n_chunks, self.sums = layout.unit_rows // layout.chunk_rows, {}
+        self.shards: dict[str, ShardWriter] = {}
+        for name in [f"layers/{layer}/{side}" for layer in layers for side in SIDES]:
+            file = path / name / "c" / str(unit) / "0"
+            self.shards[name] = ShardWriter(file, chunk_rows=layout.chunk_rows, n_chunks=n_chunks, fill=FILLS[dtype])
+        for field, kind in ROW_FIELDS.items():
+            file = path / "rows" / field / "c" / str(unit)
+            fill = np.dtype(kind).type(0)
+            self.shards[f"rows/{field}"] = ShardWriter(file, chunk_rows=layout.unit_rows, n_chunks=1, fill=fill)
+
+    def append(self, rows: dict[str, np.ndarray], activations: dict[str, np.ndarray]) -> None:
+        """One forward batch: `rows` by field name, `activations` by array name, in the same row order."""
+        for field, values in rows.items():
+            self.shards[f"rows/{field}"].append(values.astype(ROW_FIELDS[field]))
+        clean = (rows["flags"] & LEFT_OUT) == 0
+        self.rows += len(clean)
+        self._add("count", torch.tensor(float(clean.sum()), dtype=torch.float64))
+        for name, values in activations.items():
+            self.shards[name].append(values)
+            kept = from_disk(torch.from_numpy(values), self.dtype).double()[torch.from_numpy(clean)]
+            self._add(f"{name}/sum", kept.sum(0))
+            self._add(f"{name}/sum_of_squares", kept.square().sum(0))
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def commit(self, held_out: bool) -> None:
+        files = {name: shard.close() for name, shard in self.shards.items()}
+        statistics = save_tensors(self.sums)
+        write_file(self.path / f"units/{self.unit}.safetensors", statistics)
+        marker = {"unit": self.unit, "rows": self.rows, "held_out": held_out, "files": files}
+        marker["statistics_sha256"] = digest(statistics)
+        write_file(self.path / f"units/{self.unit}.json", json.dumps(marker, indent=1).encode())
+
+    def abandon(self) -> None:
+        for shard in self.shards.values():
+            shard.abandon()
+
+
+def marked_units(path: Path) -> set[int]:
+    """Units that are completely written."""
+    return {int(file.stem) for file in (path / "units").glob("*.json")}
+
+
+def finalize(path: Path, layout: Layout) -> None:
+    """Merge the statistics of all units (training units only) and declare the store complete."""
+    merged: dict[str, Tensor] = {}
+    markers = [(path / f"units/{unit}.json").read_text() for unit in range(layout.n_units)]
+    for unit in range(layout.n_units - layout.held_units):
+        for name, value in load_tensors((path / f"units/{unit}.safetensors").read_bytes()).items():
+            merged[name] = merged[name] + value if name in merged else value
+    complete = {
+        "units": layout.n_units,
+        "markers_sha256": digest("".join(digest(marker) for marker in markers)),
+        "statistics": {name: merged[name].tolist() for name in sorted(merged)},
+    }
+    write_file(path / "_COMPLETE.json", json.dumps(complete).encode())
+
+
+def from_disk(tensor: Tensor, dtype: str) -> Tensor:
+    """Undo `to_disk`: the bits of bfloat16 become numbers again."""
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+class Block(NamedTuple):
+    """Some rows of one layer, without those flagged BOS, special, pad or sink."""
+
+    rows: np.ndarray  # (n,) row numbers
+    x: Tensor  # (n, d_in) float32
+    y: Tensor  # (n, d_out) float32
+
+
+class Store:
+    """A complete store, open for reading. Build it with `Store.open`."""
+
+    def __init__(self, path: Path, attributes: dict, complete: dict) -> None:
+        self.path, self.attributes = path, attributes
+        self.layers: list[int] = attributes["layers"]
+        self.dtype: str = attributes["dtype"]
+        self.layout = Layout(**attributes["layout"])
+        self.digest: str = complete["markers_sha256"]
+        self._statistics = complete["statistics"]
+        self._indices: dict[Path, np.ndarray] = {}
+        group = zarr.open_group(path, mode="r")
+        self.sequence, self.position, self.flags = (group[f"rows/{field}"][:] for field in ROW_FIELDS)
+        self.token_ids: np.ndarray = group["tokens/ids"][:]  # (n_seq, context)
+        self.documents: np.ndarray = group["tokens/doc"][:]  # (n_seq, context)
+
+    @classmethod
+    def open(cls, path: Path) -> "Store":
+        """Open the store at `path`, or in it; FileNotFoundError or ValueError says what is wrong and what to do."""
+        path = locate(path)
+        attributes, complete = read_attributes(path), path / "_COMPLETE.json"
+        if not complete.is_file():
+            raise ValueError(f"{path} is not complete: run the same `cli cache` command again and it will go on")
+        return cls(path, attributes, json.loads(complete.read_text()))
+
+    def check_layer(self, layer: int) -> int:
+        if layer not in self.layers:
+            raise ValueError(
+                f"{self.path} has layers {spell(self.layers)}; asked for {layer}: "
+                f"choose one of them, or cache it with `cli cache --layers {layer}`"
+            )
+        return layer
+
+    def mlp(self, layer: int) -> weights.MLP:
+        return weights.load(self.path / f"weights/{self.check_layer(layer)}.safetensors")
+
+    def head(self) -> weights.Head:
+        return weights.load(self.path / "weights/head.safetensors")
+
+    def tokenizer(self):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path / "tokenizer")
+
+    def moments(self, layer: int, side: str) -> tuple[float, Tensor, Tensor]:
+        """Count, mean (d,) and mean square (d,) over the training rows that are not left out, float64."""
+        count, name = self._statistics["count"], f"layers/{self.check_layer(layer)}/{side}"
+        sums = [torch.tensor(self._statistics[f"{name}/{which}"]).double() for which in ("sum", "sum_of_squares")]
+        return count, sums[0] / count, sums[1] / count
+
+    def widths(self, layer: int) -> tuple[int, int]:
+        """(d_in, d_out) of a layer."""
+        return tuple(self.moments(layer, side)[1].numel() for side in SIDES)
+
+    def chunks(self, *, held_out: bool) -> list[int]:
+        """Numbers of the chunks of the training or of the held-out rows."""
+        border = self.layout.train_sequences * self.layout.context // self.layout.chunk_rows
+        last = -(-self.layout.n_rows // self.layout.chunk_rows)
+        return list(range(border, last) if held_out else range(border))
+
+    def chunk_rows(self, chunk: int) -> np.ndarray:
+        """Row numbers of a chunk, left-out rows included."""
+        start = chunk * self.layout.chunk_rows
+        return np.arange(start, min(start + self.layout.chunk_rows, self.layout.n_rows))
+
+    def read(self, layer: int, side: str, chunk: int) -> Tensor:
+        """One chunk (rows, d) in the storage dtype, checksums verified; DamagedStore if they do not hold."""
+        per_unit = self.layout.unit_rows // self.layout.chunk_rows
+        unit, within = divmod(chunk, per_unit)
+        path = self.path / f"layers/{layer}/{side}/c/{unit}/0"
+        if path not in self._indices:
+            self._indices[path] = read_index(path, per_unit)
+        index = self._indices[path]
+        disk = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.uint16}[self.dtype]
+        d, odd = divmod(int(index[within, 1]) - 4, disk.itemsize * self.layout.chunk_rows)
+        if odd or d < 1:
+            raise DamagedStore(f"chunk {chunk} of {path} has another size than the layout says: cache this store again")
+        rows = torch.empty(
+            self.layout.chunk_rows, d, dtype=disk
+        )  # torch's allocations are aligned: 4x faster than numpy's
+        read_chunk(path, index, within, memoryview(rows.numpy()).cast("B"))
+        return from_disk(rows, self.dtype)[: len(self.chunk_rows(chunk))]
+
+    def block(self, layer: int, chunk: int) -> Block:
+        """One chunk of inputs and outputs, rows left out where their flags say so."""
+        rows = self.chunk_rows(chunk)
+        kept = (self.flags[rows] & LEFT_OUT) == 0
+        x, y = (self.read(layer, side, chunk)[torch.from_numpy(kept)].float() for side in SIDES)
+        return Block(rows[kept], x, y)
+
+    def blocks(self, layer: int, held_out: bool) -> Iterator[Block]:
+        """The training or the held-out rows of a layer, in stored order."""
+        self.check_layer(layer)
+        for chunk in self.chunks(held_out=held_out):
+            yield self.block(layer, chunk)

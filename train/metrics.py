@@ -1,0 +1,91 @@
+"""How good a module is on the held-out rows. FVU is the one error measure:
+
+    FVU = sum |y - y^|^2 / sum |y - mean y|^2     over all evaluated rows, streamed in float64
+
+BOS, special, pad and sink rows are left out; `rows` says how many were evaluated.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from cache.store import Block
+
+from . import spd
+
+EVALUATION_ASCENTS = 20  # fresh sign ascents of 0.1 from a random start: crosses [0, 1] twice
+ADVERSARY_ENTRIES = 2**24  # rows x components that the fresh adversary sees: 64 MiB in fp32
+OPEN = 0.1  # a second threshold of L0, beside 0
+
+
+class Fvu:
+    """Fraction of variance unexplained, added up block by block."""
+
+    def __init__(self) -> None:
+        self.rows, self.error, self.square, self.sum = 0, 0.0, 0.0, torch.zeros(1, dtype=torch.float64)
+
+    def update(self, target: Tensor, reconstruction: Tensor) -> None:
+        """Both (tokens, d_out)."""
+        target = target.double().cpu()
+        self.rows += len(target)
+        self.error += (target - reconstruction.double().cpu()).square().sum().item()
+        self.square += target.square().sum().item()
+        self.sum = self.sum + target.sum(dim=0)
+
+    def value(self) -> float:
+        """NaN if no row was seen or the target does not vary."""
+        variance = self.square - self.sum.square().sum().item() / max(self.rows, 1)
+        return self.error / variance if variance > 0 else float("nan")
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, blocks: Iterable[Block], device: str = "cpu") -> dict[str, float]:
+    """Every metric of `metrics.json` that comes from data, for any module."""
+    fvus: dict[str, Fvu] = {}
+    fired, l0, l0_open = None, 0.0, 0.0
+    kept_x, kept_y = [], []
+    for block in blocks:
+        x, y = block.x.to(device), block.y.to(device)
+        output = module(x)
+        fvus.setdefault("fvu", Fvu()).update(y, output.reconstruction)
+        active = output.code != 0
+        if isinstance(module, spd.Spd):
+            hidden = module.look(x)
+            active = hidden.importance > 0
+            l0_open += (hidden.importance > OPEN).sum().item()
+            for name, mask in _masks(hidden, fvus["fvu"].rows).items():
+                fvus.setdefault(f"fvu_{name}", Fvu()).update(y, module.decode(hidden.h * mask))
+            kept_x.append(x), kept_y.append(y)
+        l0 += active.sum().item()
+        fired = active.sum(dim=0) + (0 if fired is None else fired)
+    rows = fvus["fvu"].rows
+    metrics = {name: fvu.value() for name, fvu in fvus.items()}
+    metrics |= {"l0": l0 / rows, "alive": int((fired > 0).sum()), "dead_fraction": (fired == 0).float().mean().item()}
+    if isinstance(module, spd.Spd):
+        metrics["l0_0.1"] = l0_open / rows
+        metrics |= adversarial(module, torch.cat(kept_x), torch.cat(kept_y))
+    return metrics | {"rows": rows}
+
+
+def _masks(hidden: spd.Hidden, seed: int) -> dict[str, Tensor]:
+    """The masks beside the lowest one, by the name of their FVU."""
+    generator = torch.Generator().manual_seed(seed)
+    r = torch.rand(hidden.importance.shape, generator=generator).to(hidden.importance.device)
+    return {
+        "unmasked": torch.ones_like(hidden.importance),
+        "rounded": (hidden.importance > 0).float(),
+        "stochastic": hidden.importance + (1 - hidden.importance) * r,
+    }
+
+
+def adversarial(module: spd.Spd, x: Tensor, y: Tensor) -> dict[str, float]:
+    """FVU under one mask source r shared by all rows, after 20 fresh ascents on those same rows."""
+    most = max(1, ADVERSARY_ENTRIES // len(module.gate))
+    x, y = x[:most], y[:most]
+    hidden = module.look(x)
+    start = torch.rand(len(module.gate), generator=torch.Generator().manual_seed(0)).to(x.device)
+    r = spd.ascend(module, hidden, y, start, EVALUATION_ASCENTS)
+    fvu = Fvu()
+    fvu.update(y, module.decode(hidden.h * (hidden.importance + (1 - hidden.importance) * r)))
+    return {"fvu_adversarial": fvu.value(), "rows_adversarial": len(x)}

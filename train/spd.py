@@ -1,0 +1,185 @@
+"""SPD over triples: the MLP as a sum of components, each with a learned importance k_c(x) in [0, 1].
+
+    y(m) = sum_c m_c h_c p_c + b,   h_c = act(u_c.x + a_c) (v_c.x + b_c),   any mask m_c in [k_c(x), 1] should do
+
+At full mask (m = 1) the expanded module is the MLP itself; an importance below 1 says how far a component may be
+closed on this input without harm. One mask per component makes y linear in m, so the stochastic loss of Bushnaq et
+al. (2025) is known in closed form and the adversary's gradient analytically (derived in this project; tested against
+sampling and autograd).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cache.weights import MLP
+
+from .modules import Output, Triples
+
+LEAK = 0.01  # slope outside [0, 1] in the backward pass (Bushnaq et al. 2025)
+SELF_GATE = 50.0  # a component that carries 2 % of the output's standard deviation moves its own importance by 1
+ASCENTS, ASCENT_STEP = 2, 0.1  # of the shared adversary, per training step
+PROBES = 256  # Gaussian probes of the tensor distance: relative standard deviation about 0.9 / sqrt(256)
+GAMMA_END, GAMMA_SHARE = 0.01, 0.9  # smooth L0: gamma from 1 to 0.01 over the first 90 % of the run
+WEIGHTS = {"stochastic": 0.5, "adversarial": 0.5, "unmasked": 0.5, "cp": 0.5}
+
+
+class LowerLeaky(torch.autograd.Function):
+    """Clamp to [0, 1]; the gradient passes inside, is 0 above 1, and leaks at or below 0 only where it would raise s."""
+
+    @staticmethod
+    def forward(ctx, s: Tensor) -> Tensor:
+        ctx.save_for_backward(s)
+        return s.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (s,) = ctx.saved_tensors
+        leak = torch.where((s <= 0) & (grad < 0), LEAK * grad, torch.zeros_like(grad))
+        return torch.where((s > 0) & (s <= 1), grad, leak)
+
+
+def lower_leaky(s: Tensor) -> Tensor:
+    """Importances for masks."""
+    return LowerLeaky.apply(s)
+
+
+def upper_leaky(s: Tensor) -> Tensor:
+    """Importances for the sparsity loss: 0 below 0, s on [0, 1], slope 0.01 above."""
+    return torch.where(s > 1, 1 + LEAK * (s - 1), s.clamp_min(0))
+
+
+def smooth_l0(importance: Tensor, gamma: float) -> Tensor:
+    """Number of importances well above gamma, per token: sum of g^2 / (g^2 + gamma^2)."""
+    square = importance.square()
+    return (square / (square + gamma**2)).sum(dim=1)
+
+
+class Hidden(NamedTuple):
+    """What every mask shares on one batch."""
+
+    h: Tensor  # (tokens, C)
+    importance: Tensor  # (tokens, C) in [0, 1]
+    score: Tensor  # (tokens, C) before squashing
+
+
+class Spd(Triples):
+    """Components with importances from their own contribution and a linear map of x:
+
+    s_c = a_c 50 |h_c| |p_c| / sqrt(Var y) + A_c.x + c_c, which starts at 1: everything open.
+    """
+
+    def __init__(self, mlp: MLP, *, output_variance: float, **scales) -> None:
+        super().__init__(mlp, **scales)
+        width, d_in = self.gate.shape
+        self.down_bias.requires_grad_(False)  # frozen: the sum of components is the claim, not a free offset
+        self.register_buffer("output_variance", torch.tensor(output_variance))  # E|y - mean|^2, store's units
+        self.self_gate = nn.Parameter(torch.zeros(width))
+        self.gate_map = nn.Parameter(torch.zeros(width, d_in))
+        self.gate_offset = nn.Parameter(torch.ones(width))
+
+    def look(self, x: Tensor) -> Hidden:
+        h = self.hidden(x)
+        deviation = self.output_variance.sqrt() / self.out_scale
+        contribution = SELF_GATE * h.abs() * self.down.norm(dim=1) / deviation
+        score = self.self_gate * contribution + F.linear(x / self.in_scale, self.gate_map, self.gate_offset)
+        return Hidden(h, lower_leaky(score), score)
+
+    def forward(self, x: Tensor) -> Output:
+        """The module as used: every mask at its lowest, m = k(x)."""
+        h, importance, _ = self.look(x)
+        code = h * importance
+        return Output(self.decode(code), code)
+
+
+def stochastic_error(module: Spd, hidden: Hidden, y: Tensor) -> Tensor:
+    """E over r ~ U(0,1)^C of |y(k + (1-k) r) - y|^2 per token (tokens,): bias^2 of the mean mask, plus variance."""
+    mean = module.decode(hidden.h * (1 + hidden.importance) / 2) - y
+    spread = (1 - hidden.importance).square() * hidden.h.square()
+    norms = (module.down * module.out_scale).square().sum(dim=1)
+    return mean.square().sum(dim=1) + spread @ norms / 12
+
+
+def adversary_gradient(module: Spd, hidden: Hidden, y: Tensor, r: Tensor) -> Tensor:
+    """d/dr (C,) of the mean over tokens of |y(k + (1-k) r) - y|^2, one r shared by all tokens."""
+    free = (1 - hidden.importance) * hidden.h  # (tokens, C)
+    error = module.decode(hidden.h * hidden.importance + free * r) - y
+    return 2 * (free * (error @ module.down.T)).mean(dim=0) * module.out_scale
+
+
+@torch.no_grad()
+def ascend(module: Spd, hidden: Hidden, y: Tensor, r: Tensor, steps: int) -> Tensor:
+    """r after `steps` sign ascents, kept in [0, 1]."""
+    for _ in range(steps):
+        r = (r + ASCENT_STEP * adversary_gradient(module, hidden, y, r).sign()).clamp(0, 1)
+    return r
+
+
+def masked_error(module: Spd, hidden: Hidden, y: Tensor, mask: Tensor | float) -> Tensor:
+    """|y(mask) - y|^2 per token (tokens,)."""
+    return (module.decode(hidden.h * mask) - y).square().sum(dim=1)
+
+
+class CPDistance(nn.Module):
+    """Relative squared distance of the module's symmetrised tensor to the MLP's, estimated with Gaussian probes.
+
+    For x, x' ~ N(0, I) the squared difference of sum_c p_c ((u.x)(v.x') + (u.x')(v.x)) / 2 has the squared tensor
+    distance as its mean. The subtraction comes first, so there is no cancellation as in the exact Gram form.
+    Biases join as an extra coordinate: (u, a).(x, 1).
+    """
+
+    def __init__(self, mlp: MLP, squared_norm: float) -> None:
+        super().__init__()
+        for name, rows in zip(("gate", "up", "down"), homogeneous(mlp), strict=True):
+            self.register_buffer(name, rows, persistent=False)
+        self.squared_norm = squared_norm
+
+    def forward(self, module: Spd, generator: torch.Generator) -> Tensor:
+        gate, up, down = homogeneous_rows(module)
+        probes = torch.randn(2, PROBES, gate.shape[1], generator=generator).to(gate.device)
+        difference = _contract(gate, up, down, probes) - _contract(self.gate, self.up, self.down, probes)
+        return difference.square().sum(dim=1).mean() / self.squared_norm
+
+
+def _contract(gate: Tensor, up: Tensor, down: Tensor, probes: Tensor) -> Tensor:
+    (z, z2), (w, w2) = probes @ gate.T, probes @ up.T
+    return (z * w2 + z2 * w) @ down / 2
+
+
+def homogeneous(mlp: MLP) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of gate and up (m, d_in [+ 1]) with the biases as a last coordinate where there are any, and of down (m, d_out)."""
+    return (*_augment(mlp.gate, mlp.gate_bias, mlp.up, mlp.up_bias), mlp.down.T.contiguous())
+
+
+def homogeneous_rows(module: Spd) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a module, in the store's units and with gradients."""
+    gate, up = _augment(module.gate / module.in_scale, module.gate_bias, module.up / module.in_scale, module.up_bias)
+    return gate, up, module.down * module.out_scale
+
+
+def _augment(gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    if gate_bias is None and up_bias is None:
+        return gate, up
+    zero = torch.zeros(len(gate), device=gate.device)
+    columns = [zero if b is None else b for b in (gate_bias, up_bias)]
+    return torch.cat([gate, columns[0][:, None]], dim=1), torch.cat([up, columns[1][:, None]], dim=1)
+
+
+def squared_distance(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> float:
+    """Exact squared distance of two symmetrised tensors given as rows (gate, up, down), by Gram matrices in float64."""
+    return max(_inner(a, a) - 2 * _inner(a, b) + _inner(b, b), 0.0)
+
+
+def _inner(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor], block: int = 4096) -> float:
+    """sum over pairs of (p.p') ((u.u')(v.v') + (u.v')(v.u')) / 2, in row blocks so that memory stays bounded."""
+    (u2, v2, p2), total = (t.detach().double() for t in b), 0.0
+    for start in range(0, len(a[0]), block):
+        u, v, p = (t.detach()[start : start + block].double() for t in a)
+        total += ((p @ p2.T) * ((u @ u2.T) * (v @ v2.T) + (u @ v2.T) * (v @ u2.T))).sum().item() / 2
+    return total
+
+
+def squared_norm(rows: tuple[Tensor, Tensor, Tensor]) -> float:
+    return _inner(rows, rows)
