@@ -18,7 +18,9 @@ from cache.store import LEFT_OUT, Store
 
 def digest_of(path) -> dict[str, bytes]:
     """The bytes of everything that a run writes after its metadata."""
-    files = [f for name in ("layers", "rows", "units", "tokens", "weights") for f in (path / name).rglob("*") if f.is_file()]
+    files = [
+        f for name in ("layers", "rows", "units", "tokens", "weights") for f in (path / name).rglob("*") if f.is_file()
+    ]
     return {str(f.relative_to(path)): f.read_bytes() for f in files}
 
 
@@ -77,7 +79,9 @@ def test_attention_sinks_are_flagged_and_left_out(cache_config, changed, tmp_pat
 
     def with_sinks(*args):
         model, tokenizer = real(*args)
-        model.model.layers[0].mlp.register_forward_pre_hook(lambda m, a: (torch.cat([20 * a[0][:, :1], a[0][:, 1:]], 1),))
+        model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda m, a: (torch.cat([20 * a[0][:, :1], a[0][:, 1:]], 1),)
+        )
         return model, tokenizer
 
     monkeypatch.setattr(models, "load", with_sinks)
@@ -127,7 +131,9 @@ def test_values_the_dtype_cannot_hold_stop_the_run(cache_config, changed, tmp_pa
 
     real = module.to_disk
     monkeypatch.setattr(module, "to_disk", lambda values, dtype: real(values * 1e6, dtype))
-    with pytest.raises(ValueError, match=r"layer 0 input has \d+ values that float16 cannot hold: store it with --dtype"):
+    with pytest.raises(
+        ValueError, match=r"layer 0 input has \d+ values that float16 cannot hold: store it with --dtype"
+    ):
         run(changed(cache_config, out=tmp_path / "o", dtype="float16"))
     assert not list((tmp_path / "o").rglob("*.json.partial")) and not list((tmp_path / "o").rglob("units/*.json"))
 
@@ -162,7 +168,9 @@ def test_what_is_in_the_way_stays(invoke, model_folder, text_file, tmp_path, sto
     assert [f.name for f in mine.iterdir()] == ["thesis.tex"]
     assert "is a file: choose a folder" in refused(invoke, *base, "--out", mine / "thesis.tex")
     before, folder = digest_of(store.path), store.path.parent
-    assert "was made with another tokens and layout and seed: choose another --out, or replace it" in refused(invoke, *base, "--out", folder, "--seed", "1")
+    assert "was made with another tokens and layout and seed: choose another --out, or replace it" in refused(
+        invoke, *base, "--out", folder, "--seed", "1"
+    )
     assert digest_of(store.path) == before
     attributes = json.loads((store.path / "zarr.json").read_text())
     attributes["attributes"]["expanse_schema"] = 2

@@ -85,6 +85,7 @@ def train_layer(store: Store, config: TrainConfig, on_progress: Progress) -> Sum
     mlp = store.mlp(config.layer)
     family = config.expansion if config.kind == "gated-topk" and config.init == "expansion" else 1
     facts = {"store_digest": store.digest, "rate": lr, "activation": mlp.activation, "family": family}
+    batches = Batches(store, config.layer, config.batch_size, config.data_seed)
     folder = check_out(config.out or store.path.parent / default_name(config, facts))
     on_progress(f"layer {config.layer}", 0, 0, {})
     if _claim(folder, config, facts):
@@ -94,7 +95,6 @@ def train_layer(store: Store, config: TrainConfig, on_progress: Progress) -> Sum
     statistics = measure(store, config.layer)
     module = build(config, mlp, statistics).to(accelerator.device)
     objective = build_objective(config, module, mlp, statistics).to(accelerator.device)
-    batches = Batches(store, config.layer, config.batch_size, config.data_seed)
     folders.write_config(folder, config, facts)
     fitted = fit(module, objective, batches, config=config, lr=lr, folder=folder, accelerator=accelerator,
                  on_progress=on_progress)  # fmt: skip

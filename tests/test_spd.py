@@ -1,0 +1,152 @@
+"""Claims about SPD over triples: the closed forms are the things they stand for."""
+
+import pytest
+import torch
+
+from cache.weights import MLP
+from train import init, spd
+from train.metrics import adversarial
+from train.objectives import SpdObjective, Step
+
+
+@pytest.fixture
+def case():
+    """A noisy expansion (C = 20) with importances of every size, float64: module, inputs, targets."""
+    torch.manual_seed(0)
+    mlp = MLP(
+        "silu", torch.randn(5, 6), torch.randn(6, 5), torch.randn(5, 6), torch.randn(5), torch.randn(5), torch.randn(6)
+    )
+    wide = init.expand(mlp, 4, noise=0.3, divide=True, generator=torch.Generator().manual_seed(1))
+    module = spd.Spd(wide, output_variance=4.0, in_scale=2.0, out_scale=0.5).double()
+    with torch.no_grad():
+        module.gate_map.normal_(0, 0.5)
+        module.self_gate.normal_(0, 0.05)
+        module.gate_offset.fill_(0.4)
+    x = torch.randn(40, 6).double()
+    return module, x, mlp.map(torch.Tensor.double)(x)
+
+
+def test_closed_form_stochastic_error_is_the_mean_over_masks(case):
+    module, x, y = case
+    hidden = module.look(x)
+    total, draws = torch.zeros(40).double(), 100_000
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _ in range(draws // 1000):
+            r = torch.rand(1000, 1, 20, generator=generator, dtype=torch.float64)
+            mask = hidden.importance + (1 - hidden.importance) * r
+            total += (module.decode(hidden.h * mask) - y).square().sum(2).sum(0)
+    closed = spd.stochastic_error(module, hidden, y)
+    assert abs(closed.mean().item() / (total / draws).mean().item() - 1) <= 0.01
+
+
+def test_adversary_gradient_is_autograds(case):
+    module, x, y = case
+    hidden = module.look(x)
+    r = torch.rand(20, dtype=torch.float64, requires_grad=True)
+    mask = hidden.importance + (1 - hidden.importance) * r
+    spd.masked_error(module, hidden, y, mask).mean().backward()
+    assert torch.allclose(spd.adversary_gradient(module, hidden, y, r.detach()), r.grad, rtol=1e-10)
+
+
+def test_the_adversary_is_no_better_than_the_average_mask(case):
+    module, x, y = case
+    worst = adversarial(module, x, y)["fvu_adversarial"]
+    variance = (y - y.mean(0)).square().sum(1).mean()
+    assert worst >= (spd.stochastic_error(module, module.look(x), y).mean() / variance).item()
+
+
+def test_ascent_stays_in_the_box_and_climbs(case):
+    module, x, y = case
+    hidden, start = module.look(x), torch.full((20,), 0.5).double()
+
+    def error(r):
+        return spd.masked_error(module, hidden, y, hidden.importance + (1 - hidden.importance) * r).mean()
+
+    end = spd.ascend(module, hidden, y, start, 20)
+    assert end.min() >= 0 and end.max() <= 1 and error(end) > error(start)
+
+
+@pytest.mark.parametrize(
+    "s, downhill, uphill",  # gradient that comes through for an incoming -1 (would raise s) and +1
+    [(-0.5, -0.01, 0.0), (0.0, -0.01, 0.0), (0.5, -1.0, 1.0), (1.0, -1.0, 1.0), (1.5, 0.0, 0.0)],
+)
+def test_lower_leaky_gradient_table(s, downhill, uphill):
+    for incoming, expected in ((-1.0, downhill), (1.0, uphill)):
+        point = torch.tensor(s, requires_grad=True)
+        spd.lower_leaky(point).backward(torch.tensor(incoming))
+        assert point.grad.item() == pytest.approx(expected, abs=1e-9)
+    assert spd.lower_leaky(torch.tensor(s)).item() == min(max(s, 0), 1)
+
+
+@pytest.mark.parametrize("s, value, slope", [(-1.0, 0.0, 0.0), (0.5, 0.5, 1.0), (2.0, 1.01, 0.01)])
+def test_upper_leaky(s, value, slope):
+    point = torch.tensor(s, requires_grad=True)
+    result = spd.upper_leaky(point)
+    result.backward()
+    assert (result.item(), point.grad.item()) == pytest.approx((value, slope))
+
+
+def test_smooth_l0_counts_what_is_well_above_gamma():
+    importance = torch.tensor([[0.0, 0.01, 1.0, 1.0]])
+    assert spd.smooth_l0(importance, 0.01).item() == pytest.approx(0 + 0.5 + 2 / (1 + 1e-4))
+
+
+def dense(gate, up, down):
+    """The symmetrised tensor itself (d_out, d, d)."""
+    raw = torch.einsum("cp,ci,cj->pij", down, gate, up)
+    return (raw + raw.transpose(1, 2)) / 2
+
+
+def test_gram_distance_is_the_dense_distance(case):
+    module, _, _ = case
+    a = [t.detach() for t in spd.homogeneous_rows(module)]
+    b = [torch.randn(7, 7).double(), torch.randn(7, 7).double(), torch.randn(7, 6).double()]
+    expected = (dense(*a) - dense(*b)).square().sum().item()
+    assert spd.squared_distance(a, b) == pytest.approx(expected, rel=1e-10)
+    assert spd.squared_norm(a) == pytest.approx(dense(*a).square().sum().item(), rel=1e-10)
+
+
+def test_blocks_of_rows_do_not_change_the_inner_product(case):
+    rows = [t.detach() for t in spd.homogeneous_rows(case[0])]
+    assert spd._inner(rows, rows, block=3) == pytest.approx(spd._inner(rows, rows), rel=1e-12)
+
+
+def test_probed_distance_has_the_exact_one_as_its_mean(case):
+    module, _, _ = case
+    target = MLP("silu", torch.randn(5, 6).double(), torch.randn(6, 5).double(), torch.randn(5, 6).double(),
+                 torch.randn(5).double(), torch.randn(5).double())  # fmt: skip
+    norm = spd.squared_norm(spd.homogeneous(target))
+    distance = spd.CPDistance(target, norm)
+    torch.set_default_dtype(torch.float64)
+    try:
+        seen = torch.stack([distance(module, torch.Generator().manual_seed(i)) for i in range(400)]).detach()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    exact = spd.squared_distance(spd.homogeneous_rows(module), spd.homogeneous(target)) / norm
+    assert abs(seen.mean().item() / exact - 1) < 4 * (seen.std() / seen.mean()).item() / 20
+
+
+def test_only_the_output_bias_is_frozen(case):
+    module, _, _ = case
+    assert {name for name, p in module.named_parameters() if not p.requires_grad} == {"down_bias"}
+
+
+def test_at_step_0_every_mask_is_open_and_every_loss_nearly_0(store):
+    from train.config import TrainConfig
+    from train.run import build, measure
+
+    mlp = store.mlp(1)
+    module = build(TrainConfig(layers="1", noise=0), mlp, measure(store, 1))
+    block = next(store.blocks(1, True))
+    objective = SpdObjective(module, mlp, sparsity=1e-3)
+    _, terms = objective(module, block.x, block.y, Step(0.0, torch.Generator().manual_seed(0)))
+    assert terms["l0"] == len(module.gate)
+    assert all(terms[name] < 1e-9 for name in ("stochastic", "adversarial", "unmasked", "cp"))
+
+
+def test_swiglu_even_part_is_half_the_bilinear_map(mlp):
+    """S(x) + S(-x) = B(x): what licenses reading a SwiGLU's tensor at all."""
+    x = torch.randn(50, 6).double()
+    bilinear = ((x @ mlp.gate.T) * (x @ mlp.up.T)) @ mlp.down.T
+    assert (mlp(x) + mlp(-x) - bilinear).norm() / bilinear.norm() <= 1e-12

@@ -1,0 +1,162 @@
+"""Claims about `cli train`: it learns, a killed run ends where an undisturbed one does, and strangers' files stay."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from train import loop
+from train.config import TrainConfig
+from train.folder import open_run
+from train.run import run
+
+QUICK = dict(layers="1", steps=60, batch_size=256, k=4, checkpoint_every=20, warmup=5)
+
+
+def config(store, **options) -> TrainConfig:
+    return TrainConfig(store=store.path, **(QUICK | options))
+
+
+def contents(folder) -> dict[str, bytes]:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    timeless = {k: v for k, v in metrics.items() if k not in ("tokens_per_second", "waiting_share")}
+    names = ("model.safetensors", "history.jsonl")
+    return {name: (folder / name).read_bytes() for name in names} | {"metrics": json.dumps(timeless).encode()}
+
+
+@pytest.mark.parametrize("kind, init", [(k, i) for k in ("spd", "topk", "gated-topk") for i in ("expansion", "random")])
+def test_every_kind_learns_and_comes_back_from_its_folder(store, kind, init):
+    summary = run(config(store, kind=kind, init=init))[0]
+    trained = open_run(summary.path)
+    measure = "stochastic" if (kind, init) == ("spd", "random") else "fvu"
+    if (kind, init) != ("spd", "expansion"):  # that one starts at nearly 0
+        assert trained.history[-1][measure] < 0.8 * trained.history[0][measure]
+    else:
+        assert trained.history[-1]["l0"] < trained.history[0]["l0"]
+    assert trained.metrics["fvu"] < 0.9 and trained.metrics["rows"] > 300
+    x = next(store.blocks(1, True)).x
+    again = open_run(summary.path).module
+    assert torch.equal(trained.module(x).reconstruction, again(x).reconstruction)
+    from train.metrics import evaluate
+
+    assert evaluate(again, store.blocks(1, True))["fvu"] == trained.metrics["fvu"]
+
+
+def test_metrics_have_what_the_reports_read(store):
+    expected = {"fvu", "fvu_unmasked", "fvu_rounded", "fvu_stochastic", "fvu_adversarial", "cp_distance", "l0", "l0_0.1",
+                "dead_fraction", "alive", "tokens", "steps", "tokens_per_second", "layer", "kind", "init", "expansion",
+                "lr", "seed", "rows"}  # fmt: skip
+    assert expected <= set(run(config(store))[0].metrics)
+
+
+@pytest.mark.parametrize("kind", ["spd", "topk"])
+@pytest.mark.parametrize("step", [15, 35, 45])
+def test_a_stopped_run_ends_where_an_undisturbed_one_does(store, tmp_path, monkeypatch, kind, step):
+    """Stopped before the first checkpoint, between two, and after the last."""
+    straight = run(config(store, kind=kind, out=tmp_path / "straight"))[0].path
+    real = loop.learning_rate
+    calls = []
+
+    def stop(at, options):
+        calls.append(at)
+        if at == step:
+            raise KeyboardInterrupt
+        return real(at, options)
+
+    monkeypatch.setattr(loop, "learning_rate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(store, kind=kind, out=tmp_path / "stopped"))
+    monkeypatch.setattr(loop, "learning_rate", real)
+    assert (tmp_path / "stopped/checkpoints/last.pt").exists() == (step > 20) and step in calls
+    resumed = run(config(store, kind=kind, out=tmp_path / "stopped"))[0].path
+    assert contents(resumed) == contents(straight)
+    assert not (resumed / "checkpoints").exists()
+
+
+def test_the_same_command_again_changes_nothing(store):
+    first = run(config(store))[0]
+    before = contents(first.path)
+    again = run(config(store))[0]
+    assert again.reused and again.path == first.path and contents(first.path) == before
+
+
+def test_all_layers_are_runs_of_their_own(store):
+    summaries = run(config(store, layers="all", kind="topk", steps=5))
+    assert [s.metrics["layer"] for s in summaries] == [0, 1, 2]
+    assert len({s.path for s in summaries}) == 3
+
+
+def test_training_needs_the_store_alone(store, model_folder, monkeypatch):
+    import transformers
+
+    def forbidden(*args, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", forbidden)
+    run(config(store, steps=2))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(store):
+    with pytest.raises(FloatingPointError, match=r"(loss|fvu) is (nan|inf) at step \d+ of .*: try a lower --lr"):
+        run(config(store, kind="topk", lr=1e30))
+
+
+def refused(invoke, *words, code=1) -> str:
+    result = invoke("train", *words)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_errors_are_one_sentence(invoke, store, tmp_path, monkeypatch):
+    before = sorted(tmp_path.rglob("*"))
+    path = store.path
+    assert "has layers 0-2" in refused(invoke, path, "--layers", "9") or "the layers are 0-2" in refused(
+        invoke, path, "--layers", "9"
+    )
+    assert "k is 25 and at most 24 latents can fire at once" in refused(
+        invoke, path, "--kind", "gated-topk", "--k", "25"
+    )
+    assert "k is 97 and at most 96 latents" in refused(invoke, path, "--kind", "topk", "--k", "97")
+    assert "no store at" in refused(invoke, tmp_path / "nowhere")
+    assert "--expansion is 0" in refused(invoke, path, "--expansion", "0", code=2)
+    assert "'sae' is not one of" in refused(invoke, path, "--kind", "sae", code=2)
+    assert "--batch-size is 999999 and" in refused(invoke, path, "--batch-size", "999999")
+    assert "leave --out away" in refused(invoke, path, "--layers", "all", "--out", tmp_path / "o")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE is 2 and this version trains in one process" in refused(invoke, path)
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.chdir(tmp_path / "tiny")
+    assert "no complete store under ./runs: make one with `cli cache`" in refused(invoke)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_in_the_way_stays(invoke, store, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "config.json").write_text('{"model_type": "llama"}')
+    assert "holds something else: choose an empty folder" in refused(invoke, store.path, "--out", mine)
+    assert (mine / "config.json").read_text() == '{"model_type": "llama"}'
+    words = (store.path, "--kind", "topk", "--k", "4", "--steps", "3", "--out", tmp_path / "run")
+    assert invoke("train", *words).exit_code == 0
+    before = contents(tmp_path / "run")
+    assert "holds a run of another configuration: choose another --out" in refused(invoke, *words, "--seed", "1")
+    assert contents(tmp_path / "run") == before
+    assert invoke("train", *words, "--seed", "1", "--overwrite").exit_code == 0
+    assert contents(tmp_path / "run") != before
+
+
+def test_a_changed_store_is_another_run(store, tmp_path):
+    out = tmp_path / "run"
+    run(config(store, steps=2, out=out))
+    complete = json.loads((store.path / "_COMPLETE.json").read_text())
+    (store.path / "_COMPLETE.json").write_text(json.dumps(complete | {"markers_sha256": "other"}))
+    with pytest.raises(FileExistsError, match="holds a run of another configuration"):
+        run(config(store, steps=2, out=out))
+
+
+def test_config_rejects_what_makes_no_sense():
+    for field, value in (("lr", 0.0), ("noise", -1.0), ("steps", 0)):
+        with pytest.raises(ValueError, match=f"--{field} is {value}"):
+            dataclasses.replace(TrainConfig(), **{field: value})
