@@ -28,25 +28,26 @@ def case():
 
 def test_closed_form_stochastic_error_is_the_mean_over_masks(case):
     module, x, y = case
-    hidden = module.look(x)
+    look = module.look(x)
     total, draws = torch.zeros(40).double(), 100_000
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for _ in range(draws // 1000):
             r = torch.rand(1000, 1, 20, generator=generator, dtype=torch.float64)
-            mask = hidden.importance + (1 - hidden.importance) * r
-            total += (module.decode(hidden.h * mask) - y).square().sum(2).sum(0)
-    closed = spd.stochastic_error(module, hidden, y)
+            mask = look.importance + (1 - look.importance) * r
+            total += (module.decode(look.h * mask) - y).square().sum(2).sum(0)
+    closed = spd.stochastic_error(module, look, y)
     assert abs(closed.mean().item() / (total / draws).mean().item() - 1) <= 0.01
 
 
 def test_adversary_gradient_is_autograds(case):
     module, x, y = case
-    hidden = module.look(x)
+    look = module.look(x)
     r = torch.rand(20, dtype=torch.float64, requires_grad=True)
-    mask = hidden.importance + (1 - hidden.importance) * r
-    spd.masked_error(module, hidden, y, mask).mean().backward()
-    assert torch.allclose(spd.adversary_gradient(module, hidden, y, r.detach()), r.grad, rtol=1e-10)
+    output = module.decode(look.h * (look.importance + (1 - look.importance) * r))
+    (output - y).square().sum(1).mean().backward()
+    assert torch.allclose(spd.shared_output(module, look, r.detach()), output, rtol=1e-10)
+    assert torch.allclose(spd.adversary_gradient(module, look, y, r.detach()), r.grad, rtol=1e-10)
 
 
 def test_the_adversary_is_no_better_than_the_average_mask(case):
@@ -58,12 +59,12 @@ def test_the_adversary_is_no_better_than_the_average_mask(case):
 
 def test_ascent_stays_in_the_box_and_climbs(case):
     module, x, y = case
-    hidden, start = module.look(x), torch.full((20,), 0.5).double()
+    look, start = module.look(x), torch.full((20,), 0.5).double()
 
     def error(r):
-        return spd.masked_error(module, hidden, y, hidden.importance + (1 - hidden.importance) * r).mean()
+        return (spd.shared_output(module, look, r) - y).square().sum(1).mean()
 
-    end = spd.ascend(module, hidden, y, start, 20)
+    end = spd.ascend(module, look, y, start, 20)
     assert end.min() >= 0 and end.max() <= 1 and error(end) > error(start)
 
 
@@ -88,8 +89,8 @@ def test_upper_leaky(s, value, slope):
 
 
 def test_smooth_l0_counts_what_is_well_above_gamma():
-    importance = torch.tensor([[0.0, 0.01, 1.0, 1.0]])
-    assert spd.smooth_l0(importance, 0.01).item() == pytest.approx(0 + 0.5 + 2 / (1 + 1e-4))
+    score = torch.tensor([[-3.0, 0.01, 1.0, 1.0]])
+    assert spd.smooth_l0(score, 0.01).item() == pytest.approx(0 + 0.5 + 2 / (1 + 1e-4))
 
 
 def dense(gate, up, down):

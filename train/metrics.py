@@ -51,11 +51,11 @@ def evaluate(module: nn.Module, blocks: Iterable[Block], device: str = "cpu") ->
         fvus.setdefault("fvu", Fvu()).update(y, output.reconstruction)
         active = output.code != 0
         if isinstance(module, spd.Spd):
-            hidden = module.look(x)
-            active = hidden.importance > 0
-            l0_open += (hidden.importance > OPEN).sum().item()
-            for name, mask in _masks(hidden, fvus["fvu"].rows).items():
-                fvus.setdefault(f"fvu_{name}", Fvu()).update(y, module.decode(hidden.h * mask))
+            look = module.look(x)
+            active = look.importance > 0
+            l0_open += (look.importance > OPEN).sum().item()
+            for name, mask in _masks(look, fvus["fvu"].rows).items():
+                fvus.setdefault(f"fvu_{name}", Fvu()).update(y, module.decode(look.h * mask))
             kept_x.append(x), kept_y.append(y)
         l0 += active.sum().item()
         fired = active.sum(dim=0) + (0 if fired is None else fired)
@@ -68,14 +68,14 @@ def evaluate(module: nn.Module, blocks: Iterable[Block], device: str = "cpu") ->
     return metrics | {"rows": rows}
 
 
-def _masks(hidden: spd.Hidden, seed: int) -> dict[str, Tensor]:
+def _masks(look: spd.Look, seed: int) -> dict[str, Tensor]:
     """The masks beside the lowest one, by the name of their FVU."""
     generator = torch.Generator().manual_seed(seed)
-    r = torch.rand(hidden.importance.shape, generator=generator).to(hidden.importance.device)
+    r = torch.rand(look.importance.shape, generator=generator).to(look.importance.device)
     return {
-        "unmasked": torch.ones_like(hidden.importance),
-        "rounded": (hidden.importance > 0).float(),
-        "stochastic": hidden.importance + (1 - hidden.importance) * r,
+        "unmasked": torch.ones_like(look.importance),
+        "rounded": (look.importance > 0).float(),
+        "stochastic": look.importance + (1 - look.importance) * r,
     }
 
 
@@ -83,9 +83,9 @@ def adversarial(module: spd.Spd, x: Tensor, y: Tensor) -> dict[str, float]:
     """FVU under one mask source r shared by all rows, after 20 fresh ascents on those same rows."""
     most = max(1, ADVERSARY_ENTRIES // len(module.gate))
     x, y = x[:most], y[:most]
-    hidden = module.look(x)
+    look = module.look(x)
     start = torch.rand(len(module.gate), generator=torch.Generator().manual_seed(0)).to(x.device)
-    r = spd.ascend(module, hidden, y, start, EVALUATION_ASCENTS)
+    r = spd.ascend(module, look, y, start, EVALUATION_ASCENTS)
     fvu = Fvu()
-    fvu.update(y, module.decode(hidden.h * (hidden.importance + (1 - hidden.importance) * r)))
+    fvu.update(y, spd.shared_output(module, look, r))
     return {"fvu_adversarial": fvu.value(), "rows_adversarial": len(x)}

@@ -45,16 +45,15 @@ class SpdObjective(nn.Module):
         self.cp = spd.CPDistance(target, spd.squared_norm(spd.homogeneous(target)))
 
     def forward(self, module: spd.Spd, x: Tensor, y: Tensor, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden = module.look(x)
-        self.adversary = spd.ascend(module, hidden, y, self.adversary, spd.ASCENTS)
-        worst = hidden.importance + (1 - hidden.importance) * self.adversary
+        look = module.look(x)
+        self.adversary = spd.ascend(module, look, y, self.adversary, spd.ASCENTS)
         gamma = 1 + (spd.GAMMA_END - 1) * min(1.0, step.share / spd.GAMMA_SHARE)
-        terms = {
-            "stochastic": spd.stochastic_error(module, hidden, y).mean() / module.output_variance,
-            "adversarial": spd.masked_error(module, hidden, y, worst).mean() / module.output_variance,
-            "unmasked": spd.masked_error(module, hidden, y, 1.0).mean() / module.output_variance,
-            "cp": self.cp(module, step.generator),
-            "smooth_l0": spd.smooth_l0(spd.upper_leaky(hidden.score), gamma).mean(),
+        errors = {
+            "stochastic": spd.stochastic_error(module, look, y),
+            "adversarial": (spd.shared_output(module, look, self.adversary) - y).square().sum(dim=1),
+            "unmasked": (look.full - y).square().sum(dim=1),
         }
+        terms = {name: error.mean() / module.output_variance for name, error in errors.items()}
+        terms |= {"cp": self.cp(module, step.generator), "smooth_l0": spd.smooth_l0(look.score, gamma).mean()}
         loss = sum(weight * terms[name] for name, weight in spd.WEIGHTS.items()) + self.sparsity * terms["smooth_l0"]
-        return loss, terms | {"l0": (hidden.importance > 0).sum(dim=1).float().mean()}
+        return loss, terms | {"l0": (look.importance > 0).sum(dim=1).float().mean()}

@@ -51,18 +51,21 @@ def upper_leaky(s: Tensor) -> Tensor:
     return torch.where(s > 1, 1 + LEAK * (s - 1), s.clamp_min(0))
 
 
-def smooth_l0(importance: Tensor, gamma: float) -> Tensor:
-    """Number of importances well above gamma, per token: sum of g^2 / (g^2 + gamma^2)."""
-    square = importance.square()
+def smooth_l0(score: Tensor, gamma: float) -> Tensor:
+    """Number of importances well above gamma, per token: sum of g^2 / (g^2 + gamma^2), g the upper-leaky importance."""
+    square = upper_leaky(score).square()
     return (square / (square + gamma**2)).sum(dim=1)
 
 
-class Hidden(NamedTuple):
-    """What every mask shares on one batch."""
+class Look(NamedTuple):
+    """What all masks share on one batch. The output is linear in the mask, so two outputs give the mean over masks."""
 
     h: Tensor  # (tokens, C)
     importance: Tensor  # (tokens, C) in [0, 1]
     score: Tensor  # (tokens, C) before squashing
+    free: Tensor  # (tokens, C) the part of h that a mask may take away: (1 - importance) h
+    full: Tensor  # (tokens, d_out) output at m = 1
+    low: Tensor  # (tokens, d_out) output at m = importance
 
 
 class Spd(Triples):
@@ -80,46 +83,45 @@ class Spd(Triples):
         self.gate_map = nn.Parameter(torch.zeros(width, d_in))
         self.gate_offset = nn.Parameter(torch.ones(width))
 
-    def look(self, x: Tensor) -> Hidden:
+    def look(self, x: Tensor) -> Look:
         h = self.hidden(x)
         deviation = self.output_variance.sqrt() / self.out_scale
-        contribution = SELF_GATE * h.abs() * self.down.norm(dim=1) / deviation
-        score = self.self_gate * contribution + F.linear(x / self.in_scale, self.gate_map, self.gate_offset)
-        return Hidden(h, lower_leaky(score), score)
+        per_contribution = self.self_gate * (SELF_GATE / deviation) * self.down.norm(dim=1)  # (C,)
+        score = h.abs() * per_contribution + F.linear(x / self.in_scale, self.gate_map, self.gate_offset)
+        importance = lower_leaky(score)
+        kept = h * importance
+        return Look(h, importance, score, h - kept, self.decode(h), self.decode(kept))
 
     def forward(self, x: Tensor) -> Output:
         """The module as used: every mask at its lowest, m = k(x)."""
-        h, importance, _ = self.look(x)
-        code = h * importance
-        return Output(self.decode(code), code)
+        look = self.look(x)
+        return Output(look.low, look.h * look.importance)
 
 
-def stochastic_error(module: Spd, hidden: Hidden, y: Tensor) -> Tensor:
+def stochastic_error(module: Spd, look: Look, y: Tensor) -> Tensor:
     """E over r ~ U(0,1)^C of |y(k + (1-k) r) - y|^2 per token (tokens,): bias^2 of the mean mask, plus variance."""
-    mean = module.decode(hidden.h * (1 + hidden.importance) / 2) - y
-    spread = (1 - hidden.importance).square() * hidden.h.square()
+    mean = (look.full + look.low) / 2 - y
     norms = (module.down * module.out_scale).square().sum(dim=1)
-    return mean.square().sum(dim=1) + spread @ norms / 12
+    return mean.square().sum(dim=1) + look.free.square() @ norms / 12
 
 
-def adversary_gradient(module: Spd, hidden: Hidden, y: Tensor, r: Tensor) -> Tensor:
-    """d/dr (C,) of the mean over tokens of |y(k + (1-k) r) - y|^2, one r shared by all tokens."""
-    free = (1 - hidden.importance) * hidden.h  # (tokens, C)
-    error = module.decode(hidden.h * hidden.importance + free * r) - y
-    return 2 * (free * (error @ module.down.T)).mean(dim=0) * module.out_scale
+def shared_output(module: Spd, look: Look, r: Tensor) -> Tensor:
+    """Output (tokens, d_out) at m = k + (1-k) r with one r (C,) for all tokens: r joins the write vectors."""
+    return look.low + look.free @ (r[:, None] * module.down * module.out_scale)
+
+
+def adversary_gradient(module: Spd, look: Look, y: Tensor, r: Tensor) -> Tensor:
+    """d/dr (C,) of the mean over tokens of |shared_output - y|^2."""
+    error = shared_output(module, look, r) - y
+    return 2 / len(y) * ((look.free.T @ error) * module.down).sum(dim=1) * module.out_scale
 
 
 @torch.no_grad()
-def ascend(module: Spd, hidden: Hidden, y: Tensor, r: Tensor, steps: int) -> Tensor:
+def ascend(module: Spd, look: Look, y: Tensor, r: Tensor, steps: int) -> Tensor:
     """r after `steps` sign ascents, kept in [0, 1]."""
     for _ in range(steps):
-        r = (r + ASCENT_STEP * adversary_gradient(module, hidden, y, r).sign()).clamp(0, 1)
+        r = (r + ASCENT_STEP * adversary_gradient(module, look, y, r).sign()).clamp(0, 1)
     return r
-
-
-def masked_error(module: Spd, hidden: Hidden, y: Tensor, mask: Tensor | float) -> Tensor:
-    """|y(mask) - y|^2 per token (tokens,)."""
-    return (module.decode(hidden.h * mask) - y).square().sum(dim=1)
 
 
 class CPDistance(nn.Module):
