@@ -104,15 +104,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cache_config, changed, shared_st
     code = f"""
 import os, signal, sys
 from pathlib import Path
-from cache import store
+from cache import writer
 from cache.config import CacheConfig
 from cache.run import run
-real = store.UnitWriter.append
+real = writer.UnitWriter.append
 def append(self, *args):
     real(self, *args)
     if self.unit == {units}:
         os.kill(os.getpid(), signal.SIGKILL)
-store.UnitWriter.append = append
+writer.UnitWriter.append = append
 run(CacheConfig(model={config.model!r}, text={config.text!r}, out=Path({str(config.out)!r}), context=32, batch_size=4, dtype="float32"))
 """
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ)
@@ -127,7 +127,7 @@ run(CacheConfig(model={config.model!r}, text={config.text!r}, out=Path({str(conf
 
 
 def test_values_the_dtype_cannot_hold_stop_the_run(cache_config, changed, tmp_path, monkeypatch):
-    from cache import store as module
+    from cache import writer as module
 
     real = module.to_disk
     monkeypatch.setattr(module, "to_disk", lambda values, dtype: real(values * 1e6, dtype))
@@ -168,7 +168,7 @@ def test_what_is_in_the_way_stays(invoke, model_folder, text_file, tmp_path, sto
     assert [f.name for f in mine.iterdir()] == ["thesis.tex"]
     assert "is a file: choose a folder" in refused(invoke, *base, "--out", mine / "thesis.tex")
     before, folder = digest_of(store.path), store.path.parent
-    assert "was made with another tokens and layout and seed: choose another --out, or replace it" in refused(
+    assert "was made with another text and another seed: choose another --out, or replace it" in refused(
         invoke, *base, "--out", folder, "--seed", "1"
     )
     assert digest_of(store.path) == before

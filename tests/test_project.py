@@ -130,8 +130,9 @@ def test_every_command_of_the_readme_parses():
     lines = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
     commands = [line.split("#")[0].split() for line in lines if re.match(r"(\S*/)?cli ", line)]
     assert {words[1] for words in commands} >= {"cache", "train", "analyze"}
-    from cli import app
     from typer.main import get_command
+
+    from cli import app
 
     known = {name: {o for p in c.params for o in p.opts} for name, c in get_command(app).commands.items()}
     for words in commands:

@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cache.config import parse_layers
-from cache.run import check_out, pick_device
+from cache.run import pick_device
 from cache.shards import write_file
 from cache.store import Store
+from cache.target import check_out
 from cache.weights import MLP
 
 from . import folder as folders
