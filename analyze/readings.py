@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.tensor import CPTensor
+
 from .directions import Direction
 from .labels import Lens, TopContexts, context
 from .spectra import Spectrum, Truncation, direction_spectrum, effective_ranks, pairs_for_share
-from .tensor import CPTensor
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.tensor import CPTensor, squared_norm
+
 from . import provenance, sections, summary
 from . import report as reports
 from .components import describe
@@ -21,7 +23,6 @@ from .spaces import Space, readout
 from .spectra import direction_spectrum, hosvd, null_summary, null_tensor
 from .subject import Subject, open_subject
 from .surrogates import ladder, module_output
-from .tensor import CPTensor, squared_norm
 
 Progress = Callable[[str, int, int], None]
 BLOCK_ROWS = 4096  # rows in float64 at a time: 128 MiB at 4,096 dimensions

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.tensor import CPTensor, cosine, inner, relative_distance, squared_norm
+
 from .components import Components
 from .surrogates import Ladder
-from .tensor import CPTensor, cosine, functional_cosine, inner, relative_distance, squared_norm
+from .tensor import functional_cosine
 
 COLUMNS = ("size", "cos_uv", "cos_up", "cos_vp", "firing", "parent", "cos_parent", "cos_sibling")
 TOGETHER = 0.9  # siblings count as together while their terms' cosine is above this

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .tensor import CPTensor, interaction_matrix, output_gram, squared_norm
+from train.tensor import CPTensor, squared_norm
+
+from .tensor import interaction_matrix, output_gram
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from torch import Tensor
 from cache.store import Store
 from cache.weights import MLP
 from train.folder import Run, finished, open_run
+from train.tensor import CPTensor
 
 from .config import AnalyzeConfig
 from .spaces import Space, choose_space
-from .tensor import CPTensor
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from cache.weights import MLP
 from train import init, spd
 from train.metrics import adversarial
 from train.objectives import SpdObjective, Step
+from train.tensor import augmented, factors, relative_distance
 
 
 @pytest.fixture
@@ -100,31 +101,20 @@ def dense(gate, up, down):
 
 
 def test_gram_distance_is_the_dense_distance(case):
-    module, _, _ = case
-    a = [t.detach() for t in spd.homogeneous_rows(module)]
-    b = [torch.randn(7, 7).double(), torch.randn(7, 7).double(), torch.randn(7, 6).double()]
-    expected = (dense(*a) - dense(*b)).square().sum().item()
-    assert spd.squared_distance(a, b) == pytest.approx(expected, rel=1e-10)
-    assert spd.squared_norm(a) == pytest.approx(dense(*a).square().sum().item(), rel=1e-10)
-
-
-def test_blocks_of_rows_do_not_change_the_inner_product(case):
-    rows = [t.detach() for t in spd.homogeneous_rows(case[0])]
-    assert spd._inner(rows, rows, block=3) == pytest.approx(spd._inner(rows, rows), rel=1e-12)
+    mlp = case[0].as_mlp()
+    other = MLP("silu", torch.randn(7, 6).double(), torch.randn(6, 7).double(), torch.randn(7, 6).double())
+    a, b = (dense(*(part.detach() for part in factors(m))) for m in (mlp, other))
+    ratio = (a - b).square().sum() / b.square().sum()
+    assert relative_distance(augmented(mlp), augmented(other)) ** 2 == pytest.approx(ratio.item(), rel=1e-10)
 
 
 def test_probed_distance_has_the_exact_one_as_its_mean(case):
     module, _, _ = case
     target = MLP("silu", torch.randn(5, 6).double(), torch.randn(6, 5).double(), torch.randn(5, 6).double(),
                  torch.randn(5).double(), torch.randn(5).double())  # fmt: skip
-    norm = spd.squared_norm(spd.homogeneous(target))
-    distance = spd.CPDistance(target, norm)
-    torch.set_default_dtype(torch.float64)
-    try:
-        seen = torch.stack([distance(module, torch.Generator().manual_seed(i)) for i in range(400)]).detach()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    exact = spd.squared_distance(spd.homogeneous_rows(module), spd.homogeneous(target)) / norm
+    distance = spd.CPDistance(target)
+    seen = torch.stack([distance(module, torch.Generator().manual_seed(i)) for i in range(400)]).detach()
+    exact = relative_distance(augmented(module.as_mlp()), augmented(target)) ** 2
     assert abs(seen.mean().item() / exact - 1) < 4 * (seen.std() / seen.mean()).item() / 20
 
 

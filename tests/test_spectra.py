@@ -15,7 +15,8 @@ from analyze.spectra import (
     spectrum,
     truncation_curve,
 )
-from analyze.tensor import CPTensor, interaction_matrix, squared_norm
+from analyze.tensor import interaction_matrix
+from train.tensor import CPTensor, squared_norm
 
 F64 = torch.float64
 

@@ -5,20 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from analyze.tensor import (
-    CPTensor,
-    augmented,
-    cosine,
-    functional_cosine,
-    functional_inner,
-    inner,
-    input_gram,
-    interaction_matrix,
-    output_gram,
-    relative_distance,
-    squared_norm,
-)
+from analyze.tensor import functional_cosine, functional_inner, input_gram, interaction_matrix, output_gram
 from cache.weights import MLP
+from train.tensor import CPTensor, augmented, cosine, inner, relative_distance, squared_norm
 
 D, M, OUT = 24, 40, 20
 

@@ -76,7 +76,7 @@ def open_run(folder: Path) -> Run:
 
 
 def build(kind: str, tensors: dict[str, Tensor], options: dict) -> nn.Module:
-    """A module of `kind` that holds `tensors`, in eval mode."""
+    """A module of `kind` that holds `tensors`, for reading: in eval mode, without gradients."""
     scales = {name: tensors[name].item() for name in ("in_scale", "out_scale")} | {"parents": tensors.get("parents")}
     if kind == "topk":
         means = {"input_mean": tensors["input_mean"], "output_mean": tensors["decoder_bias"]}
@@ -90,4 +90,4 @@ def build(kind: str, tensors: dict[str, Tensor], options: dict) -> nn.Module:
         else:
             module = GatedTopK(mlp, k=options["k"], family=options["family"], **scales)
     module.load_state_dict(tensors)
-    return module.eval()
+    return module.eval().requires_grad_(False)

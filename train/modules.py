@@ -57,10 +57,11 @@ class TopK(Scaled):
 
     def as_mlp(self) -> MLP:
         """The dense ReLU MLP that this module thins out, in the store's units."""
-        encoder = self.encoder.detach() / self.in_scale
-        bias = self.encoder_bias.detach() - encoder @ self.input_mean
-        decoder = self.decoder.detach().T * self.out_scale
-        return MLP("relu", encoder, decoder, up_bias=bias, down_bias=self.decoder_bias.detach() * self.out_scale)
+        encoder = self.encoder / self.in_scale
+        bias = self.encoder_bias - encoder @ self.input_mean
+        return MLP(
+            "relu", encoder, self.decoder.T * self.out_scale, up_bias=bias, down_bias=self.decoder_bias * self.out_scale
+        )
 
 
 class Triples(Scaled):
@@ -93,11 +94,9 @@ class Triples(Scaled):
 
     def as_mlp(self) -> MLP:
         """The weights as one gated MLP in the store's units: all of its components, no mask."""
-        biases = {name: None if b is None else b.detach() for name, b in
-                  (("gate_bias", self.gate_bias), ("up_bias", self.up_bias))}  # fmt: skip
         return MLP(
-            self.activation, self.up.detach() / self.in_scale, self.down.detach().T * self.out_scale,
-            self.gate.detach() / self.in_scale, down_bias=self.down_bias.detach() * self.out_scale, **biases,
+            self.activation, self.up / self.in_scale, self.down.T * self.out_scale, self.gate / self.in_scale,
+            self.gate_bias, self.up_bias, self.down_bias * self.out_scale,
         )  # fmt: skip
 
 

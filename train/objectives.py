@@ -42,7 +42,7 @@ class SpdObjective(nn.Module):
         super().__init__()
         self.sparsity = sparsity
         self.register_buffer("adversary", torch.full((len(module.gate),), 0.5))
-        self.cp = spd.CPDistance(target, spd.squared_norm(spd.homogeneous(target)))
+        self.cp = spd.CPDistance(target)
 
     def forward(self, module: spd.Spd, x: Tensor, y: Tensor, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         look = module.look(x)

@@ -26,6 +26,7 @@ from .config import DEFAULT_LR, TrainConfig
 from .loop import Fitted, Progress, fit
 from .modules import GatedTopK, TopK, check_k, power_of_two
 from .objectives import SpdObjective, TranscoderObjective
+from .tensor import augmented, relative_distance
 
 
 class Summary(NamedTuple):
@@ -179,8 +180,7 @@ def build_objective(config: TrainConfig, module: nn.Module, mlp: MLP, statistics
 def _measure_module(module: nn.Module, store: Store, config: TrainConfig, mlp: MLP, device: str) -> dict:
     found = metrics.evaluate(module, store.blocks(config.layer, held_out=True), device)
     if config.kind == "spd":
-        rows, target = spd.homogeneous_rows(module.cpu()), spd.homogeneous(mlp)
-        found["cp_distance"] = spd.squared_distance(rows, target) / spd.squared_norm(target)
+        found["cp_distance"] = relative_distance(augmented(module.cpu().as_mlp()), augmented(mlp)) ** 2
     return found
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from cache.weights import MLP
 
 from .modules import Output, Triples
+from .tensor import augmented, factors, squared_norm
 
 LEAK = 0.01  # slope outside [0, 1] in the backward pass (Bushnaq et al. 2025)
 SELF_GATE = 50.0  # a component that carries 2 % of the output's standard deviation moves its own importance by 1
@@ -129,59 +130,22 @@ class CPDistance(nn.Module):
 
     For x, x' ~ N(0, I) the squared difference of sum_c p_c ((u.x)(v.x') + (u.x')(v.x)) / 2 has the squared tensor
     distance as its mean. The subtraction comes first, so there is no cancellation as in the exact Gram form.
-    Biases join as an extra coordinate: (u, a).(x, 1).
+    Biases are weights of the constant input, as in `train.tensor.factors`.
     """
 
-    def __init__(self, mlp: MLP, squared_norm: float) -> None:
+    def __init__(self, target: MLP) -> None:
         super().__init__()
-        for name, rows in zip(("gate", "up", "down"), homogeneous(mlp), strict=True):
+        for name, rows in zip(("gate", "up", "down"), factors(target), strict=True):
             self.register_buffer(name, rows, persistent=False)
-        self.squared_norm = squared_norm
+        self.squared_norm = float(squared_norm(augmented(target)))
 
     def forward(self, module: Spd, generator: torch.Generator) -> Tensor:
-        gate, up, down = homogeneous_rows(module)
-        probes = torch.randn(2, PROBES, gate.shape[1], generator=generator).to(gate.device)
-        difference = _contract(gate, up, down, probes) - _contract(self.gate, self.up, self.down, probes)
+        rows = factors(module.as_mlp())
+        probes = torch.randn(2, PROBES, rows[0].shape[1], generator=generator).to(rows[0])
+        difference = _contract(*rows, probes) - _contract(self.gate, self.up, self.down, probes)
         return difference.square().sum(dim=1).mean() / self.squared_norm
 
 
 def _contract(gate: Tensor, up: Tensor, down: Tensor, probes: Tensor) -> Tensor:
     (z, z2), (w, w2) = probes @ gate.T, probes @ up.T
     return (z * w2 + z2 * w) @ down / 2
-
-
-def homogeneous(mlp: MLP) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of gate and up (m, d_in [+ 1]) with the biases as a last coordinate where there are any, and of down (m, d_out)."""
-    return (*_augment(mlp.gate, mlp.gate_bias, mlp.up, mlp.up_bias), mlp.down.T.contiguous())
-
-
-def homogeneous_rows(module: Spd) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of a module, in the store's units and with gradients."""
-    gate, up = _augment(module.gate / module.in_scale, module.gate_bias, module.up / module.in_scale, module.up_bias)
-    return gate, up, module.down * module.out_scale
-
-
-def _augment(gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    if gate_bias is None and up_bias is None:
-        return gate, up
-    zero = torch.zeros(len(gate), device=gate.device)
-    columns = [zero if b is None else b for b in (gate_bias, up_bias)]
-    return torch.cat([gate, columns[0][:, None]], dim=1), torch.cat([up, columns[1][:, None]], dim=1)
-
-
-def squared_distance(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> float:
-    """Exact squared distance of two symmetrised tensors given as rows (gate, up, down), by Gram matrices in float64."""
-    return max(_inner(a, a) - 2 * _inner(a, b) + _inner(b, b), 0.0)
-
-
-def _inner(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor], block: int = 4096) -> float:
-    """sum over pairs of (p.p') ((u.u')(v.v') + (u.v')(v.u')) / 2, in row blocks so that memory stays bounded."""
-    (u2, v2, p2), total = (t.detach().double() for t in b), 0.0
-    for start in range(0, len(a[0]), block):
-        u, v, p = (t.detach()[start : start + block].double() for t in a)
-        total += ((p @ p2.T) * ((u @ u2.T) * (v @ v2.T) + (u @ v2.T) * (v @ u2.T))).sum().item() / 2
-    return total
-
-
-def squared_norm(rows: tuple[Tensor, Tensor, Tensor]) -> float:
-    return _inner(rows, rows)
