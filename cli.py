@@ -178,7 +178,8 @@ def analyze_command(config: AnalyzeConfig, display: Display) -> list[str]:
     _quiet()
     from analyze.run import run
 
-    return [f"report: {run(config, display)}"]
+    summary = run(config, display)
+    return [f"report {'written already' if summary.reused else 'written'}: {summary.path}"]
 
 
 def _quiet() -> None:

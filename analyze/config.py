@@ -10,7 +10,9 @@ class AnalyzeConfig:
     """Settings of one report; every field is an option of `cli analyze` under its own name."""
 
     path: Annotated[Path | None, "Run folder or store (default: the newest finished run under ./runs)"] = None
-    out: Annotated[Path | None, "Report folder (default: `report` in the run folder, or beside the store)"] = None
+    out: Annotated[
+        Path | None, "Report folder (default: `report` in the run folder; `report/LAYER` beside a store)"
+    ] = None
     layer: Annotated[int | None, "Layer, when PATH is a store (default: the middle one)"] = None
     directions: Annotated[str, "Output directions, comma-separated: hosvd:N (the top N), token:STRING, component:N"] = (
         "hosvd:4"

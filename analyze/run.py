@@ -5,11 +5,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cache.target import check_out
 from train.tensor import CPTensor, squared_norm
 
 from . import provenance, sections, summary
@@ -29,21 +30,33 @@ BLOCK_ROWS = 4096  # rows in float64 at a time: 128 MiB at 4,096 dimensions
 HOSVD_LABELS = 12
 
 
-def run(config: AnalyzeConfig, on_progress: Progress | None = None) -> Path:
-    """Write the report that `config` asks for and return the path of its page."""
+class Summary(NamedTuple):
+    """What `cli analyze` says at the end."""
+
+    path: Path  # of report.html
+    reused: bool  # it was there already
+
+
+def run(config: AnalyzeConfig, on_progress: Progress | None = None) -> Summary:
+    """Write the report that `config` asks for, or find it written."""
     tell = on_progress or (lambda what, done, total: None)
     parse(config.directions)  # a misspelt direction should not cost a minute
     subject = open_subject(config)
-    folder = config.out or (subject.run.path if subject.run else subject.store.path.parent) / "report"
+    folder = check_out(config.out or default_folder(subject))
     stamp = fingerprint(subject, config)
     if claim(folder, stamp, overwrite=config.overwrite):
-        tell("report is there already", 1, 1)
-        return folder / reports.PAGE
+        return Summary(folder / reports.PAGE, True)
     report, tensors = build(subject, config, tell)
     tell("writing", 0, 1)
     page = reports.write(folder, report, tensors, stamp)
     tell("writing", 1, 1)
-    return page
+    return Summary(page, False)
+
+
+def default_folder(subject: Subject) -> Path:
+    if subject.run:
+        return subject.run.path / "report"
+    return subject.store.path.parent / "report" / str(subject.layer)  # one per layer of an untouched model
 
 
 def fingerprint(subject: Subject, config: AnalyzeConfig) -> dict[str, Any]:
@@ -109,7 +122,7 @@ def open_readings(
     null_sigma, null = nulls(subject, tensor, config.seed)
     tell("output directions", 2, 3)
     lens = make_lens(subject)
-    chosen = resolve(config.directions, Sources(left, (subject.copy or subject.mlp).down.double(), lens))
+    chosen = resolve(config.directions, Sources(left, (subject.copy or subject.mlp).down.detach().double(), lens))
     readings = [Reading(d, tensor, lens, top=config.top, contexts=config.contexts) for d in chosen]
     named = [signed(left[:, s], lens) for s in range(min(HOSVD_LABELS, left.shape[1]))]
     report |= {
