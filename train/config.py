@@ -22,7 +22,7 @@ class TrainConfig:
     init: Annotated[INITS, "expansion: copies of the MLP's own neurons; random"] = "expansion"
     expansion: Annotated[int, "Copies of each neuron: the width is expansion times the MLP's"] = 4
     k: Annotated[int, "Active latents per token, for topk and gated-topk"] = 32
-    steps: Annotated[int, "Training steps"] = 1500
+    steps: Annotated[int, "Training steps"] = 1000
     batch_size: Annotated[int, "Tokens per step"] = 1024
     lr: Annotated[float | None, "Peak learning rate of Adam (default: measured for each kind and init)"] = None
     sparsity: Annotated[float, "Weight of the smooth L0 of the importances, for spd"] = 1e-3
@@ -58,6 +58,6 @@ DEFAULT_LR: dict[tuple[str, str], float] = {
     ("spd", "random"): 3e-3,
     ("topk", "expansion"): 2e-2,
     ("topk", "random"): 4e-2,
-    ("gated-topk", "expansion"): 5e-3,
-    ("gated-topk", "random"): 1e-2,
+    ("gated-topk", "expansion"): 1e-2,
+    ("gated-topk", "random"): 2e-2,
 }
