@@ -184,8 +184,10 @@ def analyze_command(config: AnalyzeConfig, display: Display) -> list[str]:
 
 def _quiet() -> None:
     """Keep the libraries' own bars and warnings off the screen."""
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 

@@ -7,6 +7,7 @@ so a run that was stopped goes on where it was, and a finished one is recognised
 import dataclasses
 import importlib.metadata
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -60,6 +61,8 @@ def default_name(config: CacheConfig) -> str:
 
 
 def pick_device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", name):
+        raise ValueError(f"--device is {name!r}: choose auto, cpu, cuda or cuda:N")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -116,6 +119,8 @@ def _attributes(config: CacheConfig, source: str, job: harvest.Job) -> dict:
         "text": config.text or "the text that ships with expanse-mlp",
         "document_starter": job.tokens.starter,
         "tokens_dropped": job.tokens.dropped,
+        "tokenizer": type(job.tokenizer).__name__,
+        "attention": job.model.config._attn_implementation,
         "hooks": {str(one.layer): one.name for one in job.found},
         "row_order": "numpy default_rng([seed, unit, batch]).permutation over the rows of each forward batch",
         "config": config_fields,
@@ -168,7 +173,7 @@ def _write_units(path: Path, job: harvest.Job, on_progress: Progress) -> int:
                     unit_writer.append(*harvest.batch(job, heard, medians, unit, number, sequences))
                     written += len(sequences) * layout.context
                     on_progress("caching tokens", finished + written, total)
-                unit_writer.commit(layout.held_out(unit))
+                unit_writer.commit(held_out=layout.held_out(unit), seed=[job.seed, unit])
             except BaseException:
                 unit_writer.abandon()
                 raise

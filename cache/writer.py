@@ -84,11 +84,12 @@ class UnitWriter:
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def commit(self, held_out: bool) -> None:
+    def commit(self, *, held_out: bool, seed: list[int]) -> None:
+        """Put every file of the unit on the disk, then the marker that makes them count."""
         files = {name: shard.close() for name, shard in self.shards.items()}
         statistics = save_tensors(self.sums)
         write_file(self.path / f"units/{self.unit}.safetensors", statistics)
-        marker = {"unit": self.unit, "rows": self.rows, "held_out": held_out, "files": files}
+        marker = {"unit": self.unit, "rows": self.rows, "held_out": held_out, "seed": seed, "files": files}
         marker["statistics_sha256"] = digest(statistics)
         write_file(self.path / f"units/{self.unit}.json", json.dumps(marker, indent=1).encode())
 

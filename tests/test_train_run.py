@@ -112,9 +112,7 @@ def refused(invoke, *words, code=1) -> str:
 def test_errors_are_one_sentence(invoke, store, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     path = store.path
-    assert "has layers 0-2" in refused(invoke, path, "--layers", "9") or "the layers are 0-2" in refused(
-        invoke, path, "--layers", "9"
-    )
+    assert "layer 9 does not exist: the layers are 0-2" in refused(invoke, path, "--layers", "9")
     assert "k is 25 and at most 24 latents can fire at once" in refused(
         invoke, path, "--kind", "gated-topk", "--k", "25"
     )
@@ -123,6 +121,7 @@ def test_errors_are_one_sentence(invoke, store, tmp_path, monkeypatch):
     assert "--expansion is 0" in refused(invoke, path, "--expansion", "0", code=2)
     assert "'sae' is not one of" in refused(invoke, path, "--kind", "sae", code=2)
     assert "--batch-size is 999999 and" in refused(invoke, path, "--batch-size", "999999")
+    assert "--device is 'gpu': choose auto, cpu, cuda or cuda:N" in refused(invoke, path, "--device", "gpu")
     assert "leave --out away" in refused(invoke, path, "--layers", "all", "--out", tmp_path / "o")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "WORLD_SIZE is 2 and this version trains in one process" in refused(invoke, path)
@@ -154,6 +153,16 @@ def test_a_changed_store_is_another_run(store, tmp_path):
     (store.path / "_COMPLETE.json").write_text(json.dumps(complete | {"markers_sha256": "other"}))
     with pytest.raises(FileExistsError, match="holds a run of another configuration"):
         run(config(store, steps=2, out=out))
+
+
+def test_a_store_of_another_schema_or_an_incomplete_one_is_refused(invoke, store):
+    (store.path / "_COMPLETE.json").rename(store.path / "kept")
+    assert "is not complete: run the same `cli cache` command again" in refused(invoke, store.path)
+    attributes = (store.path / "zarr.json").read_text()
+    (store.path / "zarr.json").write_text(attributes.replace('"expanse_schema": 1', '"expanse_schema": 9'))
+    assert "has store schema 9 and this version reads 1: cache it again" in refused(invoke, store.path)
+    (store.path / "zarr.json").write_text(attributes.replace("expanse_schema", "other"))
+    assert "is a Zarr group but not an Expanse store" in refused(invoke, store.path)
 
 
 def test_config_rejects_what_makes_no_sense():

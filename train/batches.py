@@ -7,6 +7,7 @@ were written, so a group of whole chunks holds many sequences. Held-out rows are
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class Batches:
     seed: int
 
     def __post_init__(self) -> None:
-        rows = sum(self._kept(chunk) for chunk in self.store.chunks(held_out=False))
+        rows = sum(self._kept.values())
         if self.batch_size > rows // 2:
             raise ValueError(
                 f"--batch-size is {self.batch_size} and {self.store.path} has {rows} training rows: choose at most {rows // 2}"
@@ -51,7 +52,7 @@ class Batches:
         epoch = 0
         while True:
             for number, group in enumerate(self._groups(epoch, lane, size)):
-                n_rows = sum(self._kept(chunk) for chunk in group)
+                n_rows = sum(self._kept[chunk] for chunk in group)
                 n_slices = n_rows // size
                 if skip >= n_slices:
                     skip -= n_slices
@@ -69,12 +70,15 @@ class Batches:
         mlp_width = sum(self.store.widths(self.layer))
         most = BUFFER_BYTES // self._n_lanes // (4 * mlp_width * self.store.layout.chunk_rows)
         # a group of fewer rows than a slice would give none, and its lane would never end an epoch with one
-        least = -(-size // max(1, min(self._kept(chunk) for chunk in mine)))
+        least = -(-size // max(1, min(self._kept[chunk] for chunk in mine)))
         per_group = min(len(mine), max(1, most, least))
         return [mine[i : i + per_group].tolist() for i in range(0, len(mine), per_group)]
 
-    def _kept(self, chunk: int) -> int:
-        return int(((self.store.flags[self.store.chunk_rows(chunk)] & LEFT_OUT) == 0).sum())
+    @cached_property
+    def _kept(self) -> dict[int, int]:
+        """Rows of each training chunk that are not left out."""
+        clean = (self.store.flags & LEFT_OUT) == 0
+        return {chunk: int(clean[self.store.chunk_rows(chunk)].sum()) for chunk in self.store.chunks(held_out=False)}
 
     def _read(self, chunks: list[int], order: Tensor) -> tuple[Tensor, Tensor]:
         blocks = [self.store.block(self.layer, chunk) for chunk in chunks]

@@ -83,6 +83,7 @@ def check(config: TrainConfig, mlp: MLP) -> None:
 
 
 def train_layer(store: Store, config: TrainConfig, on_progress: Progress) -> Summary:
+    device = pick_device(config.device)
     lr = config.lr or DEFAULT_LR[config.kind, config.init]
     mlp = store.mlp(config.layer)
     family = config.expansion if config.kind == "gated-topk" and config.init == "expansion" else 1
@@ -92,7 +93,6 @@ def train_layer(store: Store, config: TrainConfig, on_progress: Progress) -> Sum
     on_progress(f"layer {config.layer}", 0, 0, {})
     if _claim(folder, config, facts):
         return Summary(folder, True, json.loads((folder / "metrics.json").read_text()))
-    device = pick_device(config.device)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if device == "cpu" else "bf16")
     statistics = measure(store, config.layer)
     module = build(config, mlp, statistics).to(accelerator.device)
