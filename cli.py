@@ -16,7 +16,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from analyze.config import AnalyzeConfig
 from cache.config import CacheConfig
@@ -25,6 +26,13 @@ from train.config import TrainConfig
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 PLAIN_EVERY = 5.0  # seconds between progress lines where there is no terminal
+
+
+class RateColumn(ProgressColumn):
+    """Steps or tokens per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
 
 
 class Display:
@@ -44,9 +52,9 @@ class Display:
     def _draw(self, what: str, done: int, total: int, text: str) -> None:
         if self.bar is None:
             self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[live]}"),
-                console=errors, transient=True,
+                TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), RateColumn(),
+                TimeRemainingColumn(compact=True), TextColumn("{task.fields[live]}"),
+                console=errors, transient=True, expand=True,
             )  # fmt: skip
             self.bar.start()
         if what != self.what:
