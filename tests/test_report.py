@@ -13,27 +13,21 @@ import torch
 from safetensors.torch import load_file
 
 from analyze import run as analysis
-from analyze.components import describe, sibling_cosine, term_cosine
 from analyze.config import AnalyzeConfig
 from analyze.directions import parse
-from analyze.labels import Ends, TopContexts, Vocabulary, both_ends
+from analyze.labels import Vocabulary
 from analyze.report import clean, number
-from analyze.spaces import Space, choose_space, readout
+from analyze.spaces import choose_space, readout
 from analyze.subject import Subject, check_weights, newest_run, open_subject
 from analyze.summary import licence
 from cache.weights import MLP, Head, Norm
+from invented import TOKENS, D, M, Tokenizer, make_mlp
 from train.config import TrainConfig
 from train.folder import Run
 from train.init import expand, latents_of_neurons
 from train.modules import GatedTopK, TopK
 
-D, M, CONTEXT, SEQUENCES = 8, 6, 16, 12
-TOKENS = ["<s>", "▁the", "▁cat", "▁sat", "ing", "<0x0A>", "|", "<b>", "▁dog", "s", "▁a", "▁mat"]
-
-
-class Tokenizer:
-    def convert_ids_to_tokens(self, ids):
-        return [TOKENS[i] for i in ids]
+CONTEXT, SEQUENCES = 16, 12
 
 
 class Store:
@@ -61,14 +55,6 @@ class Store:
 
     def tokenizer(self):
         return Tokenizer()
-
-
-def make_mlp(*, gated: bool = True, seed: int = 0) -> MLP:
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator) / shape[-1] ** 0.5  # noqa: E731
-    norm = Norm("rms", 1e-5, torch.linspace(0.5, 2, D))
-    gate = draw(M, D) if gated else None
-    return MLP("silu" if gated else "relu", draw(M, D), draw(D, M), gate, pre_norm=norm)
 
 
 def make_subject(tmp_path: Path, kind: str = "gated-topk", *, gated: bool = True) -> Subject:
@@ -346,111 +332,6 @@ def test_wrong_options_and_paths_end_in_one_sentence(tmp_path):
 def test_commas_may_stand_in_tokens():
     assert parse("hosvd:2,token:a,b,component:3") == [("hosvd", "2"), ("token", "a,b"), ("component", "3")]
     assert parse("token:,") == [("token", ",")]
-
-
-def test_tokens_are_shown_visibly_and_found_again():
-    pieces = Vocabulary(Tokenizer(), len(TOKENS))
-    assert pieces.shown[:6] == ["<s>", "·the", "·cat", "·sat", "ing", "⏎"]
-    assert [pieces.find(text) for text in ("▁cat", "·cat", "cat", " cat", "\n")] == [2, 2, 2, 2, 5]
-    assert pieces.join(np.array([1, 2, 4])) == " the cating"
-
-
-def test_byte_level_tokens_are_shown_as_their_text():
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    def stored(text: str) -> str:
-        return "".join(part for part, _ in ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text))
-
-    texts = [" the", "é", "\n\n", "\tx", "日", "\x00", "\x7f", "\xad", "a b"]
-    raw = [*map(stored, texts), "Ġcat", "Ã"]
-    vocabulary = Vocabulary(SimpleNamespace(convert_ids_to_tokens=lambda ids: [raw[i] for i in ids]), len(raw))
-    assert vocabulary.shown[:5] == ["·the", "é", "⏎⏎", "⇥x", "日"]
-    assert vocabulary.shown[5:] == ["\\x00", "\\x7f", "\\xad", "a·b", "·cat", "\\xc3"]
-
-
-def test_end_a_holds_the_larger_extreme():
-    rows = torch.tensor([[1.0, 0], [-3, 0], [0, 1]])
-    ends = both_ends(rows, torch.tensor([1.0, 0]), 2)
-    assert ends == Ends(a=[(1, 3.0), (2, 0.0)], b=[(0, -1.0), (2, 0.0)], flip=True)
-
-
-def test_top_contexts_do_not_depend_on_blocks():
-    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows, sequence = np.arange(60) + 100, np.arange(200) // 5
-    whole, parts = (TopContexts(torch.eye(4, dtype=torch.float64), 3) for _ in range(2))
-    whole.update(rows, x)
-    for part in (slice(0, 1), slice(1, 35), slice(35, 60)):
-        parts.update(rows[part], x[part])
-    for k in range(4):
-        assert whole.best(k, sequence) == parts.best(k, sequence)
-        assert whole.best(k, sequence)[0] == (100 + int(x[:, k].abs().argmax()), float(x[x[:, k].abs().argmax(), k]))
-
-
-def test_token_scores_do_not_depend_on_the_coordinates():
-    norm = Norm("rms", 1e-5, torch.linspace(0.5, 2, D))
-    embedding, read = torch.randn(5, D), torch.randn(D)
-    plain, folded = Space(None, norm), Space(norm.gain.double(), norm)
-    scores = plain.embed(embedding) @ read  # q.x, x the normed embedding
-    torch.testing.assert_close(folded.embed(embedding) @ (norm.gain * read), scores)
-    torch.testing.assert_close(plain.embed(embedding), torch.nn.functional.rms_norm(embedding, (D,), norm.gain, 0.0))
-    layer = Norm("layer", 1e-5, norm.gain, torch.ones(D))
-    expected = torch.nn.functional.layer_norm(embedding, (D,), layer.gain, layer.bias, 0.0)
-    torch.testing.assert_close(Space(None, layer).embed(embedding), expected)
-    assert choose_space(dataclasses.replace(make_mlp(), pre_norm=layer)).gain is None
-
-
-def test_readout_is_the_change_of_logits_up_to_a_constant():
-    head = Head(torch.zeros(7, D), torch.randn(7, D), Norm("layer", 0.0, torch.rand(D), torch.rand(D)))
-    stream, write = torch.randn(2, D, dtype=torch.float64).unbind()
-    step = 1e-6
-
-    def logits(residual):
-        centred = residual - residual.mean()
-        return head.unembedding.double() @ (centred / stream.std(correction=0) * head.final_norm.gain)
-
-    change = (logits(stream + step * write) - logits(stream)) / step * stream.std(correction=0)
-    rows = readout(head, make_mlp()).double()
-    torch.testing.assert_close(rows @ write, change - change.mean(), atol=1e-5, rtol=1e-5)
-    assert readout(dataclasses.replace(head, unembedding=torch.randn(7, D + 1)), make_mlp()) is None
-
-
-def test_cosine_of_terms_is_that_of_their_dense_tensors():
-    a, b = (make_mlp(seed=s).map(torch.Tensor.double) for s in (0, 1))
-
-    def dense(mlp, i):
-        raw = torch.einsum("o,a,b->oab", mlp.down[:, i], mlp.gate[i], mlp.up[i])
-        return ((raw + raw.transpose(1, 2)) / 2).flatten()
-
-    i, j = torch.tensor([0, 2, 5]), torch.tensor([1, 2, 0])
-    expected = [torch.cosine_similarity(dense(a, x), dense(b, y), 0) for x, y in zip(i, j, strict=True)]
-    torch.testing.assert_close(term_cosine(a, i, b, j), torch.stack(expected))
-
-
-def test_fresh_copies_have_cosine_one_to_parent_and_siblings():
-    mlp, parents, generator = make_mlp(), torch.arange(M).repeat_interleave(2), torch.Generator()
-    wide = expand(mlp, 2, noise=0.0, divide=True, generator=generator)
-    columns = describe(wide, mlp, torch.zeros(2 * M), parents)
-    ones = torch.ones(2 * M, dtype=torch.float64)
-    torch.testing.assert_close(columns.cos_parent, ones)
-    torch.testing.assert_close(columns.cos_sibling, ones)
-    encoder, decoder = latents_of_neurons(mlp, 4, noise=0.0, generator=generator)
-    latents = MLP("relu", encoder, decoder.T)
-    four = torch.arange(M).repeat_interleave(4)
-    torch.testing.assert_close(
-        describe(latents, mlp, torch.zeros(4 * M), four).cos_parent, ones.repeat(2), atol=1e-6, rtol=0
-    )
-
-
-def test_nearest_sibling_is_looked_for_in_the_family_alone():
-    mlp = make_mlp().map(torch.Tensor.double)
-    parents = torch.tensor([0, 1, 0, 2, 0, 1])
-    found = sibling_cosine(mlp, parents)
-    every = torch.tensor(
-        [[float(term_cosine(mlp, torch.tensor([i]), mlp, torch.tensor([j]))) for j in range(M)] for i in range(M)]
-    )
-    for c in range(M):
-        family = [j for j in range(M) if j != c and parents[j] == parents[c]]
-        assert found[c].isnan() if not family else found[c] == pytest.approx(float(every[c, family].max()))
 
 
 def test_licence_follows_the_ladder():

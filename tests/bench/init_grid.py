@@ -3,7 +3,8 @@
     python tests/bench/init_grid.py runs/stories260k --layer 2
 
 Finished runs are reused, so the command can be stopped and started again. Prints one row per kind, init and rate:
-the median held-out FVU over the seeds with its range, and a star at the best rate of each kind and init.
+the median held-out FVU over the seeds with its range, the median L0 (TopK modules hold it fixed; compare SPD at equal
+L0 only), and a star at the lowest FVU of each kind and init.
 """
 
 import argparse
@@ -39,12 +40,13 @@ def main() -> None:
                             steps=arguments.steps, seed=seed)
                 for seed in arguments.seeds
             ]  # fmt: skip
-            found[lr] = [run(config)[0].metrics["fvu"] for config in configs]
-        best = min(found, key=lambda lr: statistics.median(found[lr]))
-        for lr, values in found.items():
-            star = "*" if lr == best else " "
-            middle, low, high = statistics.median(values), min(values), max(values)
-            print(f"{kind:11} {init:10} lr {lr:<7g} {middle:.4f}  [{low:.4f}, {high:.4f}] {star}", flush=True)
+            found[lr] = [run(config)[0].metrics for config in configs]
+        medians = {lr: statistics.median(run["fvu"] for run in runs) for lr, runs in found.items()}
+        for lr, runs in found.items():
+            star = "*" if medians[lr] == min(medians.values()) else " "
+            fvus, l0 = [run["fvu"] for run in runs], statistics.median(run["l0"] for run in runs)
+            spread = f"{medians[lr]:.4f}  [{min(fvus):.4f}, {max(fvus):.4f}]"
+            print(f"{kind:11} {init:10} lr {lr:<7g} {spread}  L0 {l0:.1f} {star}", flush=True)
 
 
 if __name__ == "__main__":
