@@ -81,6 +81,11 @@ def test_the_same_command_again_changes_nothing(store):
     assert again.reused and again.path == first.path and contents(first.path) == before
 
 
+def test_a_default_spelled_out_is_the_same_run(store):
+    first = run(config(store, kind="topk", steps=2))[0]
+    assert run(config(store, kind="topk", steps=2, lr=first.metrics["lr"]))[0].reused
+
+
 def test_all_layers_are_runs_of_their_own(store):
     summaries = run(config(store, layers="all", kind="topk", steps=5))
     assert [s.metrics["layer"] for s in summaries] == [0, 1, 2]

@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
 
 def write_config(folder: Path, config: TrainConfig, facts: dict) -> None:
-    """`facts` is what the run knows besides its options: the store's digest, the learning rate in use, the activation."""
+    """`facts` is what the run knows besides its options: the store's digest, the activation, the family."""
     write_file(folder / "config.json", json.dumps({**_plain(config), **facts}, indent=1).encode())
 
 

@@ -40,14 +40,14 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return 1 - (1 - FINAL_LR) * (step - config.warmup) / max(1, config.steps - config.warmup)
 
 
-def fit(module: nn.Module, objective: nn.Module, batches: Batches, *, config: TrainConfig, lr: float, folder: Path,
+def fit(module: nn.Module, objective: nn.Module, batches: Batches, *, config: TrainConfig, folder: Path,
         accelerator: Accelerator, on_progress: Progress) -> Fitted:  # fmt: skip
     """Train `module` in place to `config.steps`, from the folder's checkpoint if there is one.
 
     FloatingPointError if the loss stops being a number; the last checkpoint stays.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=lr)
+    optimizer = torch.optim.Adam(trained, lr=config.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, config))
     module, objective, optimizer, schedule = accelerator.prepare(module, objective, optimizer, schedule)
     parts = {"module": module, "objective": objective, "optimizer": optimizer, "schedule": schedule}

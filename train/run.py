@@ -84,10 +84,10 @@ def check(config: TrainConfig, mlp: MLP) -> None:
 
 def train_layer(store: Store, config: TrainConfig, on_progress: Progress) -> Summary:
     device = pick_device(config.device)
-    lr = config.lr or DEFAULT_LR[config.kind, config.init]
+    config = dataclasses.replace(config, lr=config.lr or DEFAULT_LR[config.kind, config.init])
     mlp = store.mlp(config.layer)
     family = config.expansion if config.kind == "gated-topk" and config.init == "expansion" else 1
-    facts = {"store_digest": store.digest, "rate": lr, "activation": mlp.activation, "family": family}
+    facts = {"store_digest": store.digest, "activation": mlp.activation, "family": family}
     batches = Batches(store, config.layer, config.batch_size, config.data_seed)
     folder = check_out(config.out or store.path.parent / default_name(config, facts))
     on_progress(f"layer {config.layer}", 0, 0, {})
@@ -98,10 +98,10 @@ def train_layer(store: Store, config: TrainConfig, on_progress: Progress) -> Sum
     module = build(config, mlp, statistics).to(accelerator.device)
     objective = build_objective(config, module, mlp, statistics).to(accelerator.device)
     folders.write_config(folder, config, facts)
-    fitted = fit(module, objective, batches, config=config, lr=lr, folder=folder, accelerator=accelerator,
+    fitted = fit(module, objective, batches, config=config, folder=folder, accelerator=accelerator,
                  on_progress=on_progress)  # fmt: skip
     on_progress("measuring", 0, 0, {})
-    found = _measure_module(module.eval(), store, config, mlp, str(accelerator.device)) | _facts(config, lr, fitted)
+    found = _measure_module(module.eval(), store, config, mlp, str(accelerator.device)) | _facts(config, fitted)
     folders.save_module(folder, module)
     write_file(folder / "metrics.json", json.dumps(found, indent=1).encode())
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -184,10 +184,10 @@ def _measure_module(module: nn.Module, store: Store, config: TrainConfig, mlp: M
     return found
 
 
-def _facts(config: TrainConfig, lr: float, fitted: Fitted) -> dict:
+def _facts(config: TrainConfig, fitted: Fitted) -> dict:
     return {
         "layer": config.layer, "kind": config.kind, "init": config.init, "expansion": config.expansion,
-        "k": None if config.kind == "spd" else config.k, "lr": lr, "seed": config.seed, "steps": config.steps,
+        "k": None if config.kind == "spd" else config.k, "lr": config.lr, "seed": config.seed, "steps": config.steps,
         "tokens": config.steps * config.batch_size,
         "tokens_per_second": fitted.tokens / fitted.seconds if fitted.tokens else None,
         "waiting_share": fitted.waiting / fitted.seconds if fitted.tokens else None,
