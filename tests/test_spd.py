@@ -118,6 +118,14 @@ def test_probed_distance_has_the_exact_one_as_its_mean(case):
     assert abs(seen.mean().item() / exact - 1) < 4 * (seen.std() / seen.mean()).item() / 20
 
 
+def test_autocast_does_not_touch_the_distance(case):
+    module = case[0].float()
+    distance = spd.CPDistance(module.as_mlp().map(lambda part: part.detach() * 1.001))
+    plain = distance(module, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert distance(module, torch.Generator().manual_seed(0)) == plain
+
+
 def test_only_the_output_bias_is_frozen(case):
     module, _, _ = case
     assert {name for name, p in module.named_parameters() if not p.requires_grad} == {"down_bias"}
