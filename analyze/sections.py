@@ -19,7 +19,7 @@ METRICS = {
     "fvu_unmasked": "every component fully open",
     "fvu_rounded": "importances above 0 set to 1",
     "fvu_stochastic": "masks drawn between importance and 1",
-    "fvu_adversarial": "worst shared mask found by ascent",
+    "fvu_adversarial": "worst shared mask that ascent found: a lower bound",
     "cp_distance": "‖ΔT‖²/‖T‖² to the original tensor",
     "l0": "active components per token",
     "l0_0.1": "of them, importance above 0.1",

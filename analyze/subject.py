@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cache.store import Store
 from cache.weights import MLP
-from train.folder import Run, finished, open_run
+from train.folder import Run, finished, is_run, open_run
 from train.tensor import CPTensor
 
 from .config import AnalyzeConfig
@@ -48,7 +48,7 @@ def open_subject(config: AnalyzeConfig) -> Subject:
     path = config.path or newest_run(Path("runs"))
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a run folder or a store")
-    if (path / "config.json").is_file():
+    if is_run(path):
         run = open_run(path)
         if config.layer not in (None, run.config.layer):
             raise ValueError(
@@ -67,11 +67,7 @@ def open_subject(config: AnalyzeConfig) -> Subject:
 
 def newest_run(runs: Path) -> Path:
     """The run under `runs` that was finished last."""
-    done = [
-        file
-        for file in runs.glob("**/metrics.json")
-        if finished(file.parent) and (file.parent / "config.json").is_file()
-    ]
+    done = [file for file in runs.glob("**/metrics.json") if finished(file.parent) and is_run(file.parent)]
     if not done:
         raise FileNotFoundError(f"no finished run under ./{runs}: make one with `cli train`, or name a run or a store")
     return max(done, key=lambda file: file.stat().st_mtime).parent
@@ -79,14 +75,14 @@ def newest_run(runs: Path) -> Path:
 
 def open_store_of(run: Run) -> Store:
     """The store a run was trained on, where it was then or beside the run."""
-    beside = run.path.parent / Path(run.config.store).name
+    beside = run.path.resolve().parent / Path(run.config.store).name
     for path in (run.config.store, beside):
         if path.exists():
             store = Store.open(path)
             break
     else:
         raise FileNotFoundError(
-            f"{run.path} was trained on {run.config.store}, which is not there: put it back or at {beside}"
+            f"{run.path} was trained on {run.config.store}, which is gone: put it back, or cache it again"
         )
     trained_on = json.loads((run.path / "config.json").read_text()).get("store_digest", store.digest)
     if trained_on != store.digest:

@@ -84,10 +84,10 @@ def licence(report: dict[str, Any]) -> list[str]:
     texts = [_exact(report["mlp"], whose)]
     if report["mlp"]["activation"] != "identity":
         texts.append(_alone(r2["half"]))
-    texts.append(_verdict("With constant gates the form", r2["mean-gate"]))
-    if "trained" in r2:
-        texts.append(f"The trained components with constant gates of their own reach {figure(r2['trained'])}.")
-    return texts
+    if report["tensor"] == "trained":
+        texts.append(_verdict("With constant gates the trained tensor, whose eigenvectors are shown,", r2["trained"]))
+        return [*texts, f"The original layer's own tensor reaches {figure(r2['mean-gate'])} that way."]
+    return [*texts, _verdict("With constant gates the form", r2["mean-gate"])]
 
 
 def _exact(mlp: dict[str, Any], whose: str) -> str:
@@ -100,9 +100,11 @@ def _exact(mlp: dict[str, Any], whose: str) -> str:
 
 def _alone(half: float | None) -> str:
     if half is None or half >= 0:
-        return f"Alone, with nothing fitted, the layer's even part reaches R² {figure(half)} on held-out tokens."
+        return (
+            f"Alone, with nothing fitted, the original layer's even part reaches R² {figure(half)} on held-out tokens."
+        )
     return (
-        f"Alone the layer's even part is no model of it on real tokens: R² of ‘half’ is {figure(half)}, worse than the "
+        f"Alone the original layer's even part is no model of it on real tokens: R² of ‘half’ is {figure(half)}, worse than the "
         "mean output. Where gates are mostly negative the odd part cancels it."
     )
 

@@ -29,9 +29,15 @@ class CacheConfig:
     text_field: Annotated[str, "Field that holds the text, for .jsonl files and data sets", "advanced"] = "text"
     text_split: Annotated[str, "Split of a data set", "advanced"] = "train"
     seed: Annotated[int, "Seed of the document order and of the row order"] = 0
-    overwrite: Annotated[bool, "Delete a store of another configuration that is in the way"] = False
+    overwrite: Annotated[bool, "Delete the store that is in the way, whatever its configuration, and begin anew"] = (
+        False
+    )
 
     def __post_init__(self) -> None:
+        if self.context > 65536:
+            raise ValueError(f"--context is {self.context}: positions are stored in 16 bits, so at most 65536")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed is {self.seed}: it must be from 0 to {2**32 - 1}")
         for name in ("context", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
@@ -50,6 +56,8 @@ def parse_layers(text: str, available: list[int]) -> list[int]:
             raise ValueError(
                 f"--layers {text!r}: {part.strip()!r} is not a layer; write 'all' or a list such as 0,2,5-7"
             )
+        if int(last if dash else first) < int(first):
+            raise ValueError(f"--layers {text!r}: {part.strip()!r} runs backwards; write {last}-{first}")
         chosen.update(range(int(first), int(last if dash else first) + 1))
     for layer in sorted(chosen - set(available)):
         raise ValueError(f"layer {layer} does not exist: the layers are {spell(available)}")

@@ -46,7 +46,7 @@ class Found:
 
 def load(source: str, dtype: torch.dtype, device: str):
     """(model, tokenizer) of a local folder or a hub id, in eval mode."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if not Path(source).is_dir() and (
         source.count("/") > 1 or source.startswith((".", "/", "~")) or Path(source).exists()
@@ -54,9 +54,11 @@ def load(source: str, dtype: torch.dtype, device: str):
         raise FileNotFoundError(f"no model folder at {source}: give a folder with config.json, or a Hugging Face id")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
+        if AutoConfig.from_pretrained(source).is_encoder_decoder:
+            raise ValueError("it is an encoder-decoder, and this reads decoders")
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"model {source!r} could not be loaded as a folder or from the hub: {reason}"
         ) from error
@@ -77,6 +79,7 @@ def identity(source: str, model: nn.Module) -> str:
 
 def find_mlps(model: nn.Module) -> list[Found]:
     """Every MLP of a decoder in order. ValueError names the module classes seen if there is none."""
+    refuse_unsupported(model)
     found = []
     for name, module in model.base_model.named_modules():
         children = dict(module.named_children())
@@ -90,6 +93,15 @@ def find_mlps(model: nn.Module) -> list[Found]:
         classes = sorted({type(m).__name__ for m in model.modules()})
         raise ValueError(f"{type(model).__name__} has no MLP of a known form among its modules {', '.join(classes)}")
     return found
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """ValueError for models whose hooked MLP would not be the layer's whole MLP."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder: give a decoder")
+    experts = sorted({type(m).__name__ for m in model.modules() if re.search("expert|moe", type(m).__name__, re.I)})
+    if experts:
+        raise ValueError(f"{type(model).__name__} is a mixture of experts ({', '.join(experts)}): give a dense model")
 
 
 def _activation(module: nn.Module, config) -> str:

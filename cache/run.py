@@ -7,6 +7,7 @@ so a run that was stopped goes on where it was, and a finished one is recognised
 import dataclasses
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import time
@@ -35,6 +36,8 @@ class Summary(NamedTuple):
 
 def run(config: CacheConfig, on_progress: Progress = lambda what, done, total: None) -> Summary:
     """Make the store that `config` asks for, or finish it, or find it finished."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and this version caches in one process: start one")
     source = str(ASSETS / "model") if config.model is None else config.model
     path = check_out(config.out or Path("runs") / default_name(config)) / store.NAME
     check_target(path)
@@ -57,7 +60,9 @@ def run(config: CacheConfig, on_progress: Progress = lambda what, done, total: N
 
 
 def default_name(config: CacheConfig) -> str:
-    return "default" if config.model is None else config.model.rstrip("/").split("/")[-1]
+    if config.model is None:
+        return "default"
+    return Path(config.model).resolve().name if Path(config.model).is_dir() else config.model.split("/")[-1]
 
 
 def pick_device(name: str) -> str:
@@ -93,6 +98,11 @@ def _prepare(config: CacheConfig, source: str, device: str) -> harvest.Job:
         row_bytes=widest * store.DISK_DTYPES[dtype].itemsize, seed=config.seed,
         n_tokens=config.tokens or (text.STREAMED_TOKENS if streamed else None),
     )  # fmt: skip
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if tokens.ids.max() >= vocabulary:
+        raise ValueError(
+            f"the tokenizer gives id {tokens.ids.max()} and the model knows {vocabulary} tokens: they do not belong together"
+        )
     special = np.array(sorted(set(tokenizer.all_special_ids) - {tokens.start_id}), dtype=np.int64)
     return harvest.Job(model, tokenizer, found, tokens, special, device, dtype, config.seed)
 

@@ -99,9 +99,11 @@ def read_index(path: Path, n_chunks: int) -> np.ndarray:
             file.seek(-(length + 4), os.SEEK_END)
             data = file.read()
     except OSError as error:
-        raise DamagedStore(f"{path} is missing or too short: cache this store again") from error
+        raise DamagedStore(
+            f"{path} is missing or too short: make the store anew with `cli cache --overwrite`"
+        ) from error
     if crc32c(data[:length]) != int.from_bytes(data[length:], "little"):
-        raise DamagedStore(f"the index of {path} is damaged: cache this store again")
+        raise DamagedStore(f"the index of {path} is damaged: make the store anew with `cli cache --overwrite`")
     return np.frombuffer(data[:length], dtype="<u8").reshape(n_chunks, 2)
 
 
@@ -109,11 +111,13 @@ def read_chunk(path: Path, index: np.ndarray, chunk: int, buffer: memoryview) ->
     """Fill `buffer` with one chunk of a shard, its checksum verified."""
     offset, size = (int(v) for v in index[chunk])
     if size != len(buffer) + 4:
-        raise DamagedStore(f"chunk {chunk} of {path} is absent or of another size: cache this store again")
+        raise DamagedStore(
+            f"chunk {chunk} of {path} is absent or of another size: make the store anew with `cli cache --overwrite`"
+        )
     file, tail = os.open(path, os.O_RDONLY), bytearray(4)
     try:
         got = os.preadv(file, [buffer, tail], offset)
     finally:
         os.close(file)
     if got != size or crc32c(buffer) != int.from_bytes(tail, "little"):
-        raise DamagedStore(f"chunk {chunk} of {path} is damaged: cache this store again")
+        raise DamagedStore(f"chunk {chunk} of {path} is damaged: make the store anew with `cli cache --overwrite`")

@@ -39,6 +39,17 @@ DISK_DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "bfloat16
 FILLS = {"float16": np.float16("nan"), "float32": np.float32("nan"), "bfloat16": np.uint16(0x7FC0)}
 
 
+def read_json(path: Path) -> dict:
+    """A JSON object that we wrote; DamagedStore names the file if it is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, FileNotFoundError) as error:
+        raise DamagedStore(f"{path} is missing or not JSON ({error}): make it anew with --overwrite") from error
+    if not isinstance(found, dict):
+        raise DamagedStore(f"{path} holds no JSON object: make it anew with --overwrite")
+    return found
+
+
 def digest(text: str | bytes) -> str:
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
 
@@ -54,7 +65,7 @@ def locate(path: Path) -> Path:
 
 def read_attributes(path: Path) -> dict:
     """The root attributes; ValueError if this is not a store of this schema."""
-    attributes = json.loads((path / "zarr.json").read_text()).get("attributes", {})
+    attributes = read_json(path / "zarr.json").get("attributes", {})
     schema = attributes.get("expanse_schema")
     if schema is None:
         raise ValueError(f"{path} is a Zarr group but not an Expanse store: name another folder")
@@ -66,6 +77,16 @@ def read_attributes(path: Path) -> dict:
 def from_disk(tensor: Tensor, dtype: str) -> Tensor:
     """Undo `to_disk`: the bits of bfloat16 become numbers again."""
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def shard_of(array: str, unit: int) -> str:
+    """File of one unit's shard of an array, relative to the store."""
+    return f"{array}/c/{unit}/0" if array.startswith("layers/") else f"{array}/c/{unit}"
+
+
+def markers_digest(files: list[Path]) -> str:
+    """One digest over the markers in order; a missing one counts as empty."""
+    return digest("".join(digest(file.read_bytes() if file.is_file() else b"") for file in files))
 
 
 class Block(NamedTuple):
@@ -86,9 +107,11 @@ class Store:
         self.layout = Layout(**attributes["layout"])
         self.digest: str = complete["markers_sha256"]
         self._statistics = complete["statistics"]
+        self._weights: dict[str, str] = complete["weights_sha256"]
         self._indices: dict[Path, np.ndarray] = {}
+        self._check_units()
+        self.sequence, self.position, self.flags = (self._read_rows(*field) for field in ROW_FIELDS.items())
         group = zarr.open_group(path, mode="r")
-        self.sequence, self.position, self.flags = (group[f"rows/{field}"][:] for field in ROW_FIELDS)
         self.token_ids: np.ndarray = group["tokens/ids"][:]  # (n_seq, context)
         self.documents: np.ndarray = group["tokens/doc"][:]  # (n_seq, context)
 
@@ -99,7 +122,31 @@ class Store:
         attributes, complete = read_attributes(path), path / "_COMPLETE.json"
         if not complete.is_file():
             raise ValueError(f"{path} is not complete: run the same `cli cache` command again and it will go on")
-        return cls(path, attributes, json.loads(complete.read_text()))
+        return cls(path, attributes, read_json(complete))
+
+    def _check_units(self) -> None:
+        """DamagedStore unless every marker is the one that was counted and every file has the size it had then."""
+        files = [self.path / f"units/{unit}.json" for unit in range(self.layout.n_units)]
+        if markers_digest(files) != self.digest:
+            raise DamagedStore(
+                f"the unit markers of {self.path} have changed: make it anew with `cli cache --overwrite`"
+            )
+        for file in files:
+            for name, written in read_json(file)["files"].items():
+                shard = self.path / shard_of(name, int(file.stem))
+                if not shard.is_file() or shard.stat().st_size != written["size"]:
+                    raise DamagedStore(
+                        f"{shard} is missing or not whole: make the store anew with `cli cache --overwrite`"
+                    )
+
+    def _read_rows(self, field: str, dtype: str) -> np.ndarray:
+        """One row field (N,), checksums verified."""
+        parts = []
+        for unit in range(self.layout.n_units):
+            part, path = np.empty(self.layout.unit_rows, dtype), self.path / shard_of(f"rows/{field}", unit)
+            read_chunk(path, read_index(path, 1), 0, memoryview(part).cast("B"))
+            parts.append(part[: len(self.layout.rows(unit))])
+        return np.concatenate(parts)
 
     def check_layer(self, layer: int) -> int:
         if layer not in self.layers:
@@ -110,10 +157,16 @@ class Store:
         return layer
 
     def mlp(self, layer: int) -> weights.MLP:
-        return weights.load(self.path / f"weights/{self.check_layer(layer)}.safetensors")
+        return self._load(f"{self.check_layer(layer)}.safetensors")
 
     def head(self) -> weights.Head:
-        return weights.load(self.path / "weights/head.safetensors")
+        return self._load("head.safetensors")
+
+    def _load(self, name: str) -> weights.MLP | weights.Head:
+        path = self.path / "weights" / name
+        if not path.is_file() or digest(path.read_bytes()) != self._weights[name]:
+            raise DamagedStore(f"{path} is missing or has changed: make the store anew with `cli cache --overwrite`")
+        return weights.load(path)
 
     def tokenizer(self):
         from transformers import AutoTokenizer
@@ -145,14 +198,16 @@ class Store:
         """One chunk (rows, d) in the storage dtype, checksums verified; DamagedStore if they do not hold."""
         per_unit = self.layout.unit_rows // self.layout.chunk_rows
         unit, within = divmod(chunk, per_unit)
-        path = self.path / f"layers/{layer}/{side}/c/{unit}/0"
+        path = self.path / shard_of(f"layers/{layer}/{side}", unit)
         if path not in self._indices:
             self._indices[path] = read_index(path, per_unit)
         index = self._indices[path]
         disk = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.uint16}[self.dtype]
         d, odd = divmod(int(index[within, 1]) - 4, disk.itemsize * self.layout.chunk_rows)
         if odd or d < 1:
-            raise DamagedStore(f"chunk {chunk} of {path} has another size than the layout says: cache this store again")
+            raise DamagedStore(
+                f"chunk {chunk} of {path} has another size than the layout says: make the store anew with `cli cache --overwrite`"
+            )
         rows = torch.empty(
             self.layout.chunk_rows, d, dtype=disk
         )  # torch's allocations are aligned: 4x faster than numpy's

@@ -1,7 +1,6 @@
 """May this run write here? Everything that stands between a store and a file that it must not touch."""
 
 import fcntl
-import json
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,16 +40,24 @@ def _ours(entry: Path) -> bool:
     return entry.name.startswith((".", store.NAME)) or entry.name == "report" or (entry / "config.json").is_file()
 
 
+def discard(path: Path) -> None:
+    """Delete a folder of ours: it loses its name first, so that a kill leaves no half of it under that name."""
+    trash = path.with_name(f".{path.name}.trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    path.rename(trash)
+    shutil.rmtree(trash)
+
+
 def existing(path: Path, attributes: dict, overwrite: bool) -> bool:
-    """True if `path` holds this very store, begun or finished. FileExistsError if it holds another."""
+    """True if `path` holds this very store, begun or finished, to be kept. FileExistsError if it holds another."""
     if not (path / "zarr.json").is_file():
         return False
-    old = json.loads((path / "zarr.json").read_text()).get("attributes", {})
+    old = store.read_json(path / "zarr.json").get("attributes", {})
+    if overwrite and "expanse_schema" in old:
+        discard(path)
+        return False
     if old.get("config_sha256") == attributes["config_sha256"]:
         return True
-    if overwrite and "expanse_schema" in old:
-        shutil.rmtree(path)
-        return False
     store.read_attributes(path)
     changed = [word for key, word in DECIDES.items() if old[key] != attributes[key]]
     raise FileExistsError(

@@ -26,7 +26,7 @@ class Tokens:
     documents: np.ndarray  # (n_seq, context) uint64, numbered as they come in the source
     starter: str  # "bos", "eos" or "nothing": the token that begins each document
     start_id: int | None
-    dropped: int  # tokens at the border of the held-out part and at the end
+    dropped: int  # tokens that were read and not stored: beyond --tokens, at the border, at the end
     layout: layouts.Layout
 
     @property
@@ -55,7 +55,11 @@ def _saved(path: Path, split: str):
         saved = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is not a data set saved by `datasets`: give a text file or such a folder") from error
-    return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if split not in saved:
+        raise ValueError(f"{path} has no split {split!r}; it has {sorted(saved)}: choose one with --text-split")
+    return saved[split]
 
 
 def _hub(name: str, split: str):
@@ -71,19 +75,23 @@ def _hub(name: str, split: str):
 
 
 def _json_lines(path: Path) -> Iterator[dict]:
-    with open(path) as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 if line.strip():
                     yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} of {path} is not JSON: {error.msg}") from error
+            except ValueError as error:  # also where the bytes are not UTF-8
+                raise ValueError(f"line {number} of {path} is not JSON: {error}") from error
 
 
 def _field(records: Iterable[dict], field: str, source: str) -> Iterator[str]:
     for record in records:
+        if not isinstance(record, dict):
+            raise ValueError(f"{source} holds {str(record)[:40]!r} where an object with a field {field!r} should be")
         if field not in record:
             raise ValueError(f"{source} has no field {field!r}; it has {sorted(record)}: choose one with --text-field")
+        if not isinstance(record[field], str | None):
+            raise ValueError(f"field {field!r} of {source} holds {str(record[field])[:40]!r}, which is no text")
         if record[field] and record[field].strip():
             yield record[field]
 

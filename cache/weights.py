@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 from torch.nn import functional as F
+
+from .shards import write_file
 
 # act(z), and the native gate g(z) = act(z)/z with its limit at 0. For the first four g(z) + g(-z) = 1.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -103,7 +105,7 @@ def save(weights: MLP | Head, path: Path) -> None:
                 tensors[prefix + field.name] = value.detach().contiguous().clone()  # clone: tied heads share memory
             elif not isinstance(value, Norm) and value is not None:
                 rest[prefix + field.name] = value
-    save_file(tensors, path, metadata={"fields": json.dumps({"class": type(weights).__name__, **rest})})
+    write_file(path, to_bytes(tensors, metadata={"fields": json.dumps({"class": type(weights).__name__, **rest})}))
 
 
 def load(path: Path) -> MLP | Head:

@@ -13,7 +13,7 @@ from zarr.codecs import Crc32cCodec
 
 from .layout import Layout
 from .shards import ShardWriter, write_file
-from .store import DISK_DTYPES, FILLS, LEFT_OUT, ROW_FIELDS, SIDES, digest, from_disk
+from .store import DISK_DTYPES, FILLS, LEFT_OUT, ROW_FIELDS, SIDES, digest, from_disk, markers_digest, shard_of
 
 
 def to_disk(tensor: Tensor, dtype: str) -> np.ndarray:
@@ -39,7 +39,10 @@ def create(path: Path, attributes: dict, layout: Layout, widths: dict[int, tuple
     for name, kind in ROW_FIELDS.items():
         _create(root, f"rows/{name}", sizes, layout.unit_rows, None, np.dtype(kind), 0)
     for name, values in zip(("ids", "doc"), tokens, strict=True):
-        array = root.create_array(f"tokens/{name}", shape=values.shape, dtype=values.dtype, chunks=values.shape)
+        array = root.create_array(
+            f"tokens/{name}", shape=values.shape, dtype=values.dtype, chunks=values.shape, filters=None,
+            compressors=[Crc32cCodec()], config={"write_empty_chunks": True},
+        )  # fmt: skip
         array[:] = values
     for folder in ("units", "weights"):
         (path / folder).mkdir()
@@ -61,10 +64,10 @@ class UnitWriter:
         n_chunks, self.sums = layout.unit_rows // layout.chunk_rows, {}
         self.shards: dict[str, ShardWriter] = {}
         for name in [f"layers/{layer}/{side}" for layer in layers for side in SIDES]:
-            file = path / name / "c" / str(unit) / "0"
+            file = path / shard_of(name, unit)
             self.shards[name] = ShardWriter(file, chunk_rows=layout.chunk_rows, n_chunks=n_chunks, fill=FILLS[dtype])
         for field, kind in ROW_FIELDS.items():
-            file = path / "rows" / field / "c" / str(unit)
+            file = path / shard_of(f"rows/{field}", unit)
             fill = np.dtype(kind).type(0)
             self.shards[f"rows/{field}"] = ShardWriter(file, chunk_rows=layout.unit_rows, n_chunks=1, fill=fill)
 
@@ -99,20 +102,20 @@ class UnitWriter:
 
 
 def marked_units(path: Path) -> set[int]:
-    """Units that are completely written."""
-    return {int(file.stem) for file in (path / "units").glob("*.json")}
+    """Units that are completely written: marker and statistics are there."""
+    return {int(file.stem) for file in (path / "units").glob("*.json") if file.with_suffix(".safetensors").is_file()}
 
 
 def finalize(path: Path, layout: Layout) -> None:
     """Merge the statistics of all units (training units only) and declare the store complete."""
     merged: dict[str, Tensor] = {}
-    markers = [(path / f"units/{unit}.json").read_text() for unit in range(layout.n_units)]
     for unit in range(layout.n_units - layout.held_units):
         for name, value in load_tensors((path / f"units/{unit}.safetensors").read_bytes()).items():
             merged[name] = merged[name] + value if name in merged else value
     complete = {
         "units": layout.n_units,
-        "markers_sha256": digest("".join(digest(marker) for marker in markers)),
+        "markers_sha256": markers_digest([path / f"units/{unit}.json" for unit in range(layout.n_units)]),
+        "weights_sha256": {file.name: digest(file.read_bytes()) for file in sorted((path / "weights").iterdir())},
         "statistics": {name: merged[name].tolist() for name in sorted(merged)},
     }
     write_file(path / "_COMPLETE.json", json.dumps(complete).encode())

@@ -13,6 +13,7 @@ import zarr
 from transformers import AutoModelForCausalLM
 
 from cache.run import run
+from cache.shards import DamagedStore
 from cache.store import LEFT_OUT, Store
 
 
@@ -107,6 +108,7 @@ from pathlib import Path
 from cache import writer
 from cache.config import CacheConfig
 from cache.run import run
+from cache.shards import DamagedStore
 real = writer.UnitWriter.append
 def append(self, *args):
     real(self, *args)
@@ -153,6 +155,8 @@ def test_errors_are_one_sentence(invoke, model_folder, text_file, tmp_path, shar
     assert "the text is empty: give a text with words in it" in refused(invoke, *base, "--text", tmp_path / "empty.txt")
     assert "layer 7 does not exist: the layers are 0-2" in refused(invoke, *base, "--layers", "1,7")
     assert "'x' is not a layer" in refused(invoke, *base, "--layers", "x")
+    assert "'3-1' runs backwards; write 1-3" in refused(invoke, *base, "--layers", "3-1")
+    assert "--seed is -1: it must be from 0" in refused(invoke, *base, "--seed", "-1", code=2)
     assert "--context is 512 and the model was made for at most 128" in refused(invoke, *base, "--context", "512")
     assert "--context is 0: it must be at least 1" in refused(invoke, *base, "--context", "0", code=2)
     assert "--out train/x lies in the source folder ./train" in refused(invoke, *base, "--out", "train/x")
@@ -178,6 +182,38 @@ def test_what_is_in_the_way_stays(invoke, model_folder, text_file, tmp_path, sto
     (store.path / "zarr.json").write_text(json.dumps(attributes))
     assert "has store schema 2 and this version reads 1: cache it again" in refused(invoke, *base, "--out", folder)
     assert {k: v for k, v in digest_of(store.path).items()} == before
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        ("rows/flags/c/0", "is missing or not whole"),
+        ("units/0.json", "the unit markers of .* have changed"),
+        ("layers/1/input/c/3/0", "is missing or not whole"),
+        ("weights/1.safetensors", "is missing or has changed"),
+    ],
+)
+def test_a_missing_file_is_never_read_as_zeros_and_overwrite_mends(cache_config, changed, store, damage, sentence):
+    (store.path / damage).unlink()
+    with pytest.raises(DamagedStore, match=sentence):
+        Store.open(store.path).mlp(1)
+    mended = run(changed(cache_config, out=store.path.parent, overwrite=True))
+    assert not mended.reused and Store.open(mended.path).mlp(1)
+
+
+def test_changed_weights_and_rows_are_noticed(store):
+    for name, ask in (("weights/0.safetensors", lambda s: s.mlp(0)), ("rows/seq/c/0", lambda s: s)):
+        file = store.path / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-300] + bytes([whole[-300] ^ 1]) + whole[-299:])
+        with pytest.raises(DamagedStore, match="has changed|is damaged"):
+            ask(Store.open(store.path))
+        file.write_bytes(whole)
+        ask(Store.open(store.path))
+
+
+def test_a_store_can_be_read_by_colleagues(store):
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in store.path.rglob("*") if file.is_file())
 
 
 def test_overwrite_replaces_a_store_and_only_a_store(invoke, model_folder, text_file, store):

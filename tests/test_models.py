@@ -114,6 +114,21 @@ def test_weights_survive_the_file(tmp_path, model):
     assert pre is None or torch.equal(back.pre_norm.gain, pre.gain)
 
 
+def test_mixtures_of_experts_and_encoder_decoders_are_refused():
+    small = SMALL | {
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+    }
+    with pytest.raises(ValueError, match="Qwen2MoeForCausalLM is a mixture of experts .*: give a dense model"):
+        find_mlps(transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**small)))
+    config = transformers.BartConfig(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
+                                     decoder_ffn_dim=8, encoder_attention_heads=2, decoder_attention_heads=2)  # fmt: skip
+    with pytest.raises(ValueError, match="BartForConditionalGeneration is an encoder-decoder: give a decoder"):
+        find_mlps(transformers.BartForConditionalGeneration(config))
+
+
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu", "identity"])
 def test_native_gate_is_activation_over_input(name):
     z = torch.linspace(-4, 4, 41).double()

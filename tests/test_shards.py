@@ -68,7 +68,7 @@ def test_one_flipped_bit_is_found(shard, position):
     data = bytearray(shard.read_bytes())
     data[position] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(DamagedStore, match="damaged: cache this store again"):
+    with pytest.raises(DamagedStore, match="damaged: make the store anew with"):
         [read(shard, chunk) for chunk in range(6)]
 
 

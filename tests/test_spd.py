@@ -55,6 +55,7 @@ def test_the_adversary_is_no_better_than_the_average_mask(case):
     module, x, y = case
     worst = adversarial(module, x, y)["fvu_adversarial"]
     variance = (y - y.mean(0)).square().sum(1).mean()
+    assert worst >= ((module(x).reconstruction - y).square().sum(1).mean() / variance).item()  # r = 0 is a mask too
     assert worst >= (spd.stochastic_error(module, module.look(x), y).mean() / variance).item()
 
 

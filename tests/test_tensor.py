@@ -106,7 +106,7 @@ def test_expansion_leaves_function_and_tensor_fixed():
 def test_inner_products_match_the_dense_tensors(monkeypatch):
     a, b = random_tensor(0), random_tensor(1)
     for entries in (2**23, 3 * M):  # one block, many blocks
-        monkeypatch.setattr("analyze.tensor.BLOCK_ENTRIES", entries)
+        monkeypatch.setattr("train.tensor.BLOCK_ENTRIES", entries)
         close(inner(a, b), (dense(a) * dense(b)).sum(), 1e-10)
         close(squared_norm(a), dense(a).square().sum(), 1e-10)
         close(relative_distance(a, b), float((dense(a) - dense(b)).norm() / dense(b).norm()), 1e-10)
@@ -117,7 +117,7 @@ def test_output_and_input_grams_match_the_dense_tensor(monkeypatch):
     tensor = random_tensor()
     full = dense(tensor)
     for entries in (2**23, 3 * M):
-        monkeypatch.setattr("analyze.tensor.BLOCK_ENTRIES", entries)
+        monkeypatch.setattr("train.tensor.BLOCK_ENTRIES", entries)
         close(output_gram(tensor), torch.einsum("oab,pab->op", full, full), 1e-10)
         close(input_gram(tensor), torch.einsum("oab,oac->bc", full, full), 1e-10)
 

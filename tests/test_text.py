@@ -87,11 +87,24 @@ def test_jsonl_faults_are_named(tmp_path):
         list(read_documents(str(file), "text", "train")[0])
 
 
+@pytest.mark.parametrize(
+    "line, sentence", [('"text"', "where an object with a field"), ('{"text": 5}', "which is no text")]
+)
+def test_records_that_hold_no_text_are_named(tmp_path, line, sentence):
+    file = tmp_path / "a.jsonl"
+    file.write_text(line)
+    with pytest.raises(ValueError, match=sentence):
+        list(read_documents(str(file), "text", "train")[0])
+
+
 def test_a_data_set_folder_is_read(tmp_path):
     import datasets
 
     datasets.Dataset.from_dict({"story": TEXT[:3]}).save_to_disk(str(tmp_path / "set"))
     assert list(read_documents(str(tmp_path / "set"), "story", "train")[0]) == TEXT[:3]
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": TEXT[:2]})}).save_to_disk(str(tmp_path / "dict"))
+    with pytest.raises(ValueError, match=r"has no split 'train'; it has \['test'\]: choose one with --text-split"):
+        read_documents(str(tmp_path / "dict"), "text", "train")
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match="is not a data set saved by"):
         read_documents(str(tmp_path / "other"), "text", "train")

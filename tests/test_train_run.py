@@ -86,6 +86,21 @@ def test_a_default_spelled_out_is_the_same_run(store):
     assert run(config(store, kind="topk", steps=2, lr=first.metrics["lr"]))[0].reused
 
 
+def test_only_what_decides_the_result_names_a_run(store):
+    first = run(config(store, steps=4))[0].path
+    same = dict(k=7, checkpoint_every=3)  # SPD has no k, and checkpoints change nothing
+    assert run(config(store, steps=4, **same))[0] == (first, True, json.loads((first / "metrics.json").read_text()))
+    assert run(config(store, steps=4, sparsity=2e-3))[0].path != first
+
+
+def test_the_rate_falls_to_2_percent_however_short_the_run():
+    for steps, warmup in ((1000, 50), (50, 50), (3, 50), (1, 0)):
+        options = TrainConfig(steps=steps, warmup=warmup)
+        rates = [loop.learning_rate(step, options) for step in range(steps)]
+        assert rates[-1] == pytest.approx(0.02) or steps == 1
+        assert max(rates) <= 1 and min(rates) > 0
+
+
 def test_all_layers_are_runs_of_their_own(store):
     summaries = run(config(store, layers="all", kind="topk", steps=5))
     assert [s.metrics["layer"] for s in summaries] == [0, 1, 2]
@@ -104,7 +119,10 @@ def test_training_needs_the_store_alone(store, model_folder, monkeypatch):
 
 def test_a_loss_that_is_no_number_stops_the_run(store):
     with pytest.raises(FloatingPointError, match=r"(loss|fvu) is (nan|inf) at step \d+ of .*: try a lower --lr"):
-        run(config(store, kind="topk", lr=1e30))
+        run(config(store, kind="topk", lr=1e30, checkpoint_every=1))
+    for file in store.path.parent.rglob("last.pt"):  # no broken state was kept
+        state = torch.load(file, weights_only=True)["module"]
+        assert all(tensor.isfinite().all() for tensor in state.values())
 
 
 def refused(invoke, *words, code=1) -> str:
@@ -154,8 +172,8 @@ def test_what_is_in_the_way_stays(invoke, store, tmp_path):
 def test_a_changed_store_is_another_run(store, tmp_path):
     out = tmp_path / "run"
     run(config(store, steps=2, out=out))
-    complete = json.loads((store.path / "_COMPLETE.json").read_text())
-    (store.path / "_COMPLETE.json").write_text(json.dumps(complete | {"markers_sha256": "other"}))
+    made_with = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(made_with | {"store_digest": "of the store before"}))
     with pytest.raises(FileExistsError, match="holds a run of another configuration"):
         run(config(store, steps=2, out=out))
 
@@ -171,6 +189,13 @@ def test_a_store_of_another_schema_or_an_incomplete_one_is_refused(invoke, store
 
 
 def test_config_rejects_what_makes_no_sense():
-    for field, value in (("lr", 0.0), ("noise", -1.0), ("steps", 0)):
+    for field, value in (
+        ("lr", 0.0),
+        ("lr", float("inf")),
+        ("noise", -1.0),
+        ("sparsity", float("nan")),
+        ("steps", 0),
+        ("seed", -1),
+    ):
         with pytest.raises(ValueError, match=f"--{field} is {value}"):
             dataclasses.replace(TrainConfig(), **{field: value})

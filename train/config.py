@@ -1,6 +1,7 @@
 """What `cli train` can be told. One field is one option: its annotation is the help text, its default the default."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,21 +31,32 @@ class TrainConfig:
     warmup: Annotated[int, "Steps of linear warm-up; then linear decay to 2 %", "advanced"] = 50
     checkpoint_every: Annotated[
         int, "Steps between checkpoints; a stopped run goes on from the last one", "advanced"
-    ] = 500
+    ] = 100
     seed: Annotated[int, "Seed of initialisation, noise and probes"] = 0
     data_seed: Annotated[int, "Seed of the order in which rows are read", "advanced"] = 0
     device: Annotated[str, "auto, cpu, cuda or cuda:N"] = "auto"
-    overwrite: Annotated[bool, "Delete a run of another configuration that is in the way"] = False
+    overwrite: Annotated[bool, "Delete the run that is in the way, whatever its configuration, and begin anew"] = False
 
     def __post_init__(self) -> None:
         for name in ("expansion", "k", "steps", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
         for name in ("noise", "sparsity", "warmup"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}: it must not be negative")
-        if self.lr is not None and not self.lr > 0:
-            raise ValueError(f"--lr is {self.lr}: it must be positive")
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"--{name} is {getattr(self, name)}: it must be a number that is not negative")
+        for name in ("seed", "data_seed"):
+            if not 0 <= getattr(self, name) < 2**31:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be from 0 to {2**31 - 1}"
+                )
+        if self.lr is not None and not 0 < self.lr < inf:
+            raise ValueError(f"--lr is {self.lr}: it must be positive and finite")
+
+    def identity(self) -> dict:
+        """The options that decide a run's result: not where it lies, what computes it or how often it is saved."""
+        unused = "k" if self.kind == "spd" else "sparsity"
+        elsewhere = {"store", "out", "overwrite", "device", "checkpoint_every", unused}
+        return {name: value for name, value in asdict(self).items() if name not in elsewhere}
 
     @property
     def layer(self) -> int:
@@ -52,10 +64,10 @@ class TrainConfig:
         return int(self.layers)
 
 
-# Peak rates of Adam at batch 1,024 and 1,500 steps: the best of a grid for each kind and init (README, "Rates").
+# Peak rates of Adam at batch 1,024 and 1,500 steps: the best of a grid for each kind and init (README, "Learning rates").
 DEFAULT_LR: dict[tuple[str, str], float] = {
-    ("spd", "expansion"): 3e-3,
-    ("spd", "random"): 3e-3,
+    ("spd", "expansion"): 1e-2,
+    ("spd", "random"): 1e-2,
     ("topk", "expansion"): 2e-2,
     ("topk", "random"): 4e-2,
     ("gated-topk", "expansion"): 1e-2,

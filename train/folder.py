@@ -8,10 +8,12 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from cache.shards import write_file
+from cache.shards import DamagedStore, write_file
+from cache.store import read_json
 from cache.weights import MLP
 
 from .config import TrainConfig
@@ -35,15 +37,13 @@ def write_config(folder: Path, config: TrainConfig, facts: dict) -> None:
 
 
 def same_config(folder: Path, config: TrainConfig, facts: dict) -> bool:
-    """Whether the folder's run is the one that `config` asks for. Where it lies and what runs it make no difference."""
-    old, new = read_config(folder), {**_plain(config), **facts}
-    return all(
-        old.get(key) == value for key, value in new.items() if key not in ("store", "out", "overwrite", "device")
-    )
+    """Whether the folder's run is the one that `config` asks for. See `TrainConfig.identity`."""
+    old = read_config(folder)
+    return all(old.get(key) == value for key, value in (config.identity() | facts).items())
 
 
 def read_config(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
+    return read_json(folder / "config.json")
 
 
 def _plain(config: TrainConfig) -> dict:
@@ -55,6 +55,10 @@ def save_module(folder: Path, module: nn.Module) -> None:
     write_file(folder / "model.safetensors", save(tensors))
 
 
+def is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and {"kind", "store", "layers"} <= read_config(folder).keys()
+
+
 def finished(folder: Path) -> bool:
     return (folder / "metrics.json").is_file()
 
@@ -62,7 +66,7 @@ def finished(folder: Path) -> bool:
 def open_run(folder: Path) -> Run:
     """A finished run; FileNotFoundError says what is missing."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not is_run(folder):
         raise FileNotFoundError(f"{folder} is not a run folder: make one with `cli train`")
     if not finished(folder):
         raise FileNotFoundError(f"{folder} is not finished: run the same `cli train` command again and it will go on")
@@ -70,9 +74,12 @@ def open_run(folder: Path) -> Run:
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     config = TrainConfig(**{k: v for k, v in options.items() if k in names})
     config = dataclasses.replace(config, store=Path(options["store"]))
-    module = build(config.kind, load_file(folder / "model.safetensors"), options)
-    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return Run(folder, config, module, json.loads((folder / "metrics.json").read_text()), history)
+    try:
+        tensors = load_file(folder / "model.safetensors")
+        history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    except (SafetensorError, ValueError, FileNotFoundError) as error:
+        raise DamagedStore(f"{folder} is damaged ({error}): train it anew with --overwrite") from error
+    return Run(folder, config, build(config.kind, tensors, options), read_json(folder / "metrics.json"), history)
 
 
 def build(kind: str, tensors: dict[str, Tensor], options: dict) -> nn.Module:

@@ -3,13 +3,13 @@
     module       init        read vectors (u, v, e)                     write vectors (p, d)            biases
     spd          expansion   copied, noised (zero-sum over siblings)    copied, divided by E, noised    copied
     gated-topk   expansion   copied, noised (zero-sum over siblings)    copied, noised                  copied
-    topk         expansion   unit rows +-u^ +-v^ of a gated neuron,     0.1 x unit +-p, noised          0, mean output
+    topk         expansion   unit rows +-u^ +-v^ of a gated neuron,     0.1 x unit +-p                  0, mean output
                              unit v of an ungated one; noised
     spd, gated   random      Gaussian of unit variance per token        0.1 x unit, spd: 1/sqrt(C)      0
     topk         random      unit Gaussian rows                         0.1 x unit                      0, mean output
 
 The 1/E goes on p alone: u cannot be scaled (the gate sees it). Noise that sums to zero over the siblings changes the
-module's output in second order only. `u` and `v` of E=1 get no noise: there is no sibling to tell apart.
+module's output in second order only. Triples of E=1 get no noise: there is no sibling to tell apart.
 """
 
 import dataclasses

@@ -35,16 +35,17 @@ class Fitted(NamedTuple):
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Share of the peak rate at a step."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    return 1 - (1 - FINAL_LR) * (step - config.warmup) / max(1, config.steps - config.warmup)
+    warmup = min(config.warmup, config.steps // 2)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1 - (1 - FINAL_LR) * (step + 1 - warmup) / (config.steps - warmup)
 
 
 def fit(module: nn.Module, objective: nn.Module, batches: Batches, *, config: TrainConfig, folder: Path,
         accelerator: Accelerator, on_progress: Progress) -> Fitted:  # fmt: skip
     """Train `module` in place to `config.steps`, from the folder's checkpoint if there is one.
 
-    FloatingPointError if the loss stops being a number; the last checkpoint stays.
+    FloatingPointError if the loss stops being a number; no checkpoint of such a state is kept.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=config.lr)
@@ -63,14 +64,15 @@ def fit(module: nn.Module, objective: nn.Module, batches: Batches, *, config: Tr
             with accelerator.autocast():
                 loss, terms = objective(module, x, y, where)
             accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(trained, CLIP)
+            norm, lr = accelerator.clip_grad_norm_(trained, CLIP), schedule.get_last_lr()[0]
             optimizer.step(), schedule.step(), optimizer.zero_grad()
             if step % LOG_EVERY == 0 or step == config.steps - 1:
-                record = _record(step, loss, terms, norm, schedule.get_last_lr()[0])
+                record = _record(step, loss, terms, norm, lr)
                 _check_finite(record, folder)
                 history.write(json.dumps(record) + "\n")
                 on_progress("training", step + 1, config.steps, record)
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+                _check_finite({"step": step, "loss": loss.item()}, folder)  # a broken state is never kept
                 history.flush()
                 _save(folder, step + 1, parts)
     done = config.steps - first
@@ -85,9 +87,7 @@ def _record(step: int, loss, terms: dict, norm, lr: float) -> dict[str, float]:
 def _check_finite(record: dict[str, float], folder: Path) -> None:
     for name, value in record.items():
         if not abs(value) < float("inf"):
-            raise FloatingPointError(
-                f"{name} is {value} at step {record['step']} of {folder}: try a lower --lr (the last checkpoint is kept)"
-            )
+            raise FloatingPointError(f"{name} is {value} at step {record['step']} of {folder}: try a lower --lr")
 
 
 def _save(folder: Path, step: int, parts: dict) -> None:
@@ -100,7 +100,7 @@ def _restore(folder: Path, parts: dict) -> int:
     """Load the checkpoint, if any, and forget the history written after it; the step to go on with."""
     path, step = folder / "checkpoints" / "last.pt", 0
     if path.is_file():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         step = state["step"]
         for name, part in parts.items():
             part.load_state_dict(state[name])

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from cache.config import parse_layers
 from cache.run import pick_device
-from cache.shards import write_file
-from cache.store import Store
-from cache.target import check_out
+from cache.shards import PARTIAL, write_file
+from cache.store import Store, read_json
+from cache.target import check_out, discard
 from cache.weights import MLP
 
 from . import folder as folders
@@ -55,7 +55,7 @@ def run(config: TrainConfig, on_progress: Progress = lambda what, done, total, l
     store = Store.open(path)
     wanted = str(store.layers[len(store.layers) // 2]) if config.layers is None else config.layers
     for layer in (layers := parse_layers(wanted, store.layers)):
-        check(config, store.mlp(layer))
+        check(config, store.mlp(layer), layer)
     if config.out is not None and len(layers) > 1:
         raise ValueError(f"--out names one folder and --layers {wanted} are {len(layers)} runs: leave --out away")
     return [
@@ -72,10 +72,10 @@ def newest_store(runs: Path) -> Path:
     return complete[-1].parent
 
 
-def check(config: TrainConfig, mlp: MLP) -> None:
+def check(config: TrainConfig, mlp: MLP, layer: int) -> None:
     """ValueError for what this MLP cannot be trained with, before anything is written."""
     if config.kind != "topk" and not mlp.gated:
-        raise ValueError(f"--kind {config.kind} needs a gated MLP and layer {config.layers} has none: use --kind topk")
+        raise ValueError(f"--kind {config.kind} needs a gated MLP and layer {layer} has none: use --kind topk")
     if config.kind == "topk":
         check_k(config.k, config.expansion * mlp.width)
     if config.kind == "gated-topk":
@@ -92,7 +92,9 @@ def train_layer(store: Store, config: TrainConfig, on_progress: Progress) -> Sum
     folder = check_out(config.out or store.path.parent / default_name(config, facts))
     on_progress(f"layer {config.layer}", 0, 0, {})
     if _claim(folder, config, facts):
-        return Summary(folder, True, json.loads((folder / "metrics.json").read_text()))
+        return Summary(folder, True, read_json(folder / "metrics.json"))
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if device == "cpu" else "bf16")
     statistics = measure(store, config.layer)
     module = build(config, mlp, statistics).to(accelerator.device)
@@ -101,7 +103,8 @@ def train_layer(store: Store, config: TrainConfig, on_progress: Progress) -> Sum
     fitted = fit(module, objective, batches, config=config, folder=folder, accelerator=accelerator,
                  on_progress=on_progress)  # fmt: skip
     on_progress("measuring", 0, 0, {})
-    found = _measure_module(module.eval(), store, config, mlp, str(accelerator.device)) | _facts(config, fitted)
+    module = accelerator.unwrap_model(module, keep_fp32_wrapper=False).eval()  # measured in fp32 everywhere
+    found = _measure_module(module, store, config, mlp, str(accelerator.device)) | _facts(config, fitted)
     folders.save_module(folder, module)
     write_file(folder / "metrics.json", json.dumps(found, indent=1).encode())
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -110,8 +113,7 @@ def train_layer(store: Store, config: TrainConfig, on_progress: Progress) -> Sum
 
 def default_name(config: TrainConfig, facts: dict) -> str:
     """Readable first, then a hash of all options, so that two different runs never want one folder."""
-    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("store", "out", "overwrite", "device")}
-    tail = hashlib.sha256(json.dumps(options | facts, sort_keys=True).encode()).hexdigest()[:6]
+    tail = hashlib.sha256(json.dumps(config.identity() | facts, sort_keys=True).encode()).hexdigest()[:6]
     sparse = "" if config.kind == "spd" else f"-k{config.k}"
     return f"{config.layer}-{config.kind}-{config.init}-x{config.expansion}{sparse}-s{config.seed}-{tail}"
 
@@ -120,20 +122,20 @@ def _claim(folder: Path, config: TrainConfig, facts: dict) -> bool:
     """True if `folder` holds this very run, finished. FileExistsError if it holds something else."""
     if folder.is_file():
         raise FileExistsError(f"--out {folder} is a file: choose a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or all(entry.name.endswith(PARTIAL) for entry in folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
         return False
-    if not (folder / "config.json").is_file() or "kind" not in folders.read_config(folder):
+    if not folders.is_run(folder):
         raise FileExistsError(f"--out {folder} holds something else: choose an empty folder")
-    if folders.same_config(folder, config, facts):
-        return folders.finished(folder)
-    if not config.overwrite:
+    if config.overwrite:
+        discard(folder)
+        folder.mkdir()
+        return False
+    if not folders.same_config(folder, config, facts):
         raise FileExistsError(
             f"{folder} holds a run of another configuration: choose another --out, or replace it with --overwrite"
         )
-    shutil.rmtree(folder)
-    folder.mkdir()
-    return False
+    return folders.finished(folder)
 
 
 def measure(store: Store, layer: int) -> Statistics:
@@ -189,6 +191,6 @@ def _facts(config: TrainConfig, fitted: Fitted) -> dict:
         "layer": config.layer, "kind": config.kind, "init": config.init, "expansion": config.expansion,
         "k": None if config.kind == "spd" else config.k, "lr": config.lr, "seed": config.seed, "steps": config.steps,
         "tokens": config.steps * config.batch_size,
-        "tokens_per_second": fitted.tokens / fitted.seconds if fitted.tokens else None,
-        "waiting_share": fitted.waiting / fitted.seconds if fitted.tokens else None,
+        "tokens_per_second": fitted.tokens / fitted.seconds,
+        "waiting_share": fitted.waiting / fitted.seconds,
     }  # fmt: skip
