@@ -7,7 +7,6 @@ not at all.
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 from safetensors.torch import save
 from torch import Tensor
+
+from cache.target import discard
 
 from . import figures
 
@@ -76,17 +77,14 @@ def write(folder: Path, report: dict[str, Any], arrays: dict[str, Tensor], confi
 def replacing(folder: Path) -> Iterator[Path]:
     """A temporary sibling that takes the place of `folder` if the block ends well, and vanishes otherwise."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    new = folder.with_name(f".{folder.name}.partial")  # one name, so that what a killed run left is cleared here
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
     try:
-        new.chmod(0o755)  # mkdtemp's 0700 would hide a report from everybody else
         yield new
         if folder.exists():
-            old = new.with_name(new.name + "-old")
-            folder.rename(old)
-            new.rename(folder)
-            shutil.rmtree(old)
-        else:
-            new.rename(folder)
+            discard(folder)
+        new.rename(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cache.weights import ACTIVATIONS, MLP
+from cache.weights import MLP, NATIVE_GATES
 from train.metrics import Fvu
 
 RIDGE = 1e-6  # times the mean input variance: only keeps directions that the data never visits from dividing by 0
@@ -88,8 +88,8 @@ def product(mlp: MLP, x: Tensor) -> Tensor:
 
 def even_gate(mlp: MLP) -> float:
     """(g(z) + g(-z))/2 of the native gate g, the same for every z: 1/2, or 1 for a bilinear layer."""
-    act, one = ACTIVATIONS[mlp.activation], torch.ones((), dtype=torch.float64)
-    return float(act(one) - act(-one)) / 2
+    gate, one = NATIVE_GATES[mlp.activation], torch.ones((), dtype=torch.float64)
+    return float(gate(one) + gate(-one)) / 2
 
 
 class ConstantGates:

@@ -10,7 +10,7 @@ from train.tensor import CPTensor, blocks, inner, kernel
 
 
 def interaction_matrix(tensor: CPTensor, direction: Tensor) -> Tensor:
-    """Q (d, d) with direction . B(x) = x^T Q x. The only place in the project that symmetrises."""
+    """Q (d, d) with direction . B(x) = x^T Q x. The one function that forms and symmetrises it."""
     coefficient = direction @ tensor.written  # (n,)
     product = tensor.gate.T @ (coefficient[:, None] * tensor.up)  # (d, d)
     return (product + product.T) / 2
