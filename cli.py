@@ -95,7 +95,8 @@ def command(name: str, config_class: type) -> Callable:
                 lines = function(config, display)
             except KeyboardInterrupt:
                 display.close()
-                errors.print("stopped; run the same command again and it will go on")
+                again = "it again without --overwrite" if config.overwrite else "the same command again"
+                errors.print(f"stopped; run {again} and it will go on")
                 raise typer.Exit(1) from None
             except (ValueError, OSError, FloatingPointError) as error:
                 display.close()

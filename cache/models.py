@@ -6,7 +6,7 @@ the output what the down projection gives: before residual, dropout and post-nor
 
 import hashlib
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def identity(source: str, model: nn.Module) -> str:
 
 def find_mlps(model: nn.Module) -> list[Found]:
     """Every MLP of a decoder in order. ValueError names the module classes seen if there is none."""
-    refuse_unsupported(model)
+    refuse_experts(model)
     found = []
     for name, module in model.base_model.named_modules():
         children = dict(module.named_children())
@@ -95,10 +95,8 @@ def find_mlps(model: nn.Module) -> list[Found]:
     return found
 
 
-def refuse_unsupported(model: nn.Module) -> None:
-    """ValueError for models whose hooked MLP would not be the layer's whole MLP."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder: give a decoder")
+def refuse_experts(model: nn.Module) -> None:
+    """ValueError for a mixture of experts: the MLP that would be found is not the whole of its layer."""
     experts = sorted({type(m).__name__ for m in model.modules() if re.search("expert|moe", type(m).__name__, re.I)})
     if experts:
         raise ValueError(f"{type(model).__name__} is a mixture of experts ({', '.join(experts)}): give a dense model")
@@ -163,10 +161,8 @@ def listen(found: list[Found], *, whole: bool = False):
     @torch.no_grad()
     def run(model: nn.Module, ids: Tensor) -> dict[tuple[int, str], Tensor]:
         heard.clear()
-        try:
+        with suppress(_LayersDone):
             model.base_model(ids, use_cache=False)
-        except _LayersDone:
-            pass
         return dict(heard)
 
     handles = []

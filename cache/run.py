@@ -36,8 +36,7 @@ class Summary(NamedTuple):
 
 def run(config: CacheConfig, on_progress: Progress = lambda what, done, total: None) -> Summary:
     """Make the store that `config` asks for, or finish it, or find it finished."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and this version caches in one process: start one")
+    require_one_process()
     source = str(ASSETS / "model") if config.model is None else config.model
     path = check_out(config.out or Path("runs") / default_name(config)) / store.NAME
     check_target(path)
@@ -63,6 +62,13 @@ def default_name(config: CacheConfig) -> str:
     if config.model is None:
         return "default"
     return Path(config.model).resolve().name if Path(config.model).is_dir() else config.model.split("/")[-1]
+
+
+def require_one_process() -> None:
+    """ValueError under a launcher of several: each would do all of the work, into one folder."""
+    n_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if n_processes > 1:
+        raise ValueError(f"WORLD_SIZE is {n_processes} and this version works in one process: start one")
 
 
 def pick_device(name: str) -> str:

@@ -38,15 +38,17 @@ LEFT_OUT = BOS | SPECIAL | PAD | SINK  # rows that no statistic, no training bat
 DISK_DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
 FILLS = {"float16": np.float16("nan"), "float32": np.float32("nan"), "bfloat16": np.uint16(0x7FC0)}
 
+MEND_BY_HAND = "restore it, or delete the folder it lies in and run the command that made it"  # it may not be ours
+
 
 def read_json(path: Path) -> dict:
     """A JSON object that we wrote; DamagedStore names the file if it is none."""
     try:
         found = json.loads(path.read_text())
     except (ValueError, FileNotFoundError) as error:
-        raise DamagedStore(f"{path} is missing or not JSON ({error}): make it anew with --overwrite") from error
+        raise DamagedStore(f"{path} is missing or not JSON ({error}): {MEND_BY_HAND}") from error
     if not isinstance(found, dict):
-        raise DamagedStore(f"{path} holds no JSON object: make it anew with --overwrite")
+        raise DamagedStore(f"{path} holds no JSON object: {MEND_BY_HAND}")
     return found
 
 
@@ -208,9 +210,8 @@ class Store:
             raise DamagedStore(
                 f"chunk {chunk} of {path} has another size than the layout says: make the store anew with `cli cache --overwrite`"
             )
-        rows = torch.empty(
-            self.layout.chunk_rows, d, dtype=disk
-        )  # torch's allocations are aligned: 4x faster than numpy's
+        # torch's allocations are aligned for reading into: 4x faster than numpy's
+        rows = torch.empty(self.layout.chunk_rows, d, dtype=disk)
         read_chunk(path, index, within, memoryview(rows.numpy()).cast("B"))
         return from_disk(rows, self.dtype)[: len(self.chunk_rows(chunk))]
 

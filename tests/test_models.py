@@ -6,7 +6,7 @@ import transformers
 from torch.nn import functional as F
 
 from cache import weights
-from cache.models import find_mlps, find_norms, listen, read_head
+from cache.models import find_mlps, find_norms, listen, load, read_head
 
 SMALL = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.3)  # fmt: skip
@@ -114,7 +114,7 @@ def test_weights_survive_the_file(tmp_path, model):
     assert pre is None or torch.equal(back.pre_norm.gain, pre.gain)
 
 
-def test_mixtures_of_experts_and_encoder_decoders_are_refused():
+def test_mixtures_of_experts_and_encoder_decoders_are_refused(tmp_path, model_folder):
     small = SMALL | {
         "moe_intermediate_size": 8,
         "shared_expert_intermediate_size": 8,
@@ -125,8 +125,12 @@ def test_mixtures_of_experts_and_encoder_decoders_are_refused():
         find_mlps(transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**small)))
     config = transformers.BartConfig(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
                                      decoder_ffn_dim=8, encoder_attention_heads=2, decoder_attention_heads=2)  # fmt: skip
-    with pytest.raises(ValueError, match="BartForConditionalGeneration is an encoder-decoder: give a decoder"):
-        find_mlps(transformers.BartForConditionalGeneration(config))
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match="could not be loaded .* it is an encoder-decoder, and this reads decoders"
+    ):
+        load(str(tmp_path), torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu", "identity"])

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from cache.shards import DamagedStore
 from train import loop
 from train.config import TrainConfig
 from train.folder import open_run
@@ -147,7 +148,7 @@ def test_errors_are_one_sentence(invoke, store, tmp_path, monkeypatch):
     assert "--device is 'gpu': choose auto, cpu, cuda or cuda:N" in refused(invoke, path, "--device", "gpu")
     assert "leave --out away" in refused(invoke, path, "--layers", "all", "--out", tmp_path / "o")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE is 2 and this version trains in one process" in refused(invoke, path)
+    assert "WORLD_SIZE is 2 and this version works in one process" in refused(invoke, path)
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.chdir(tmp_path / "tiny")
     assert "no complete store under ./runs: make one with `cli cache`" in refused(invoke)
@@ -186,6 +187,14 @@ def test_a_store_of_another_schema_or_an_incomplete_one_is_refused(invoke, store
     assert "has store schema 9 and this version reads 1: cache it again" in refused(invoke, store.path)
     (store.path / "zarr.json").write_text(attributes.replace("expanse_schema", "other"))
     assert "is a Zarr group but not an Expanse store" in refused(invoke, store.path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "history.jsonl", "model.safetensors"])
+def test_a_damaged_run_is_named(store, name):
+    path = run(config(store, kind="topk", steps=2))[0].path
+    (path / name).write_bytes(b"{ half")
+    with pytest.raises(DamagedStore, match=f"{path}.*(restore it, or delete|train it anew with --overwrite)"):
+        open_run(path)
 
 
 def test_config_rejects_what_makes_no_sense():

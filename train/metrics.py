@@ -14,7 +14,7 @@ from cache.store import Block
 
 from . import spd
 
-EVALUATION_ASCENTS = 20  # fresh sign ascents of 0.1 from a random start: crosses [0, 1] twice
+EVALUATION_ASCENTS = 20  # fresh sign ascents of 0.1: they can cross [0, 1] twice
 ADVERSARY_ENTRIES = 2**24  # rows x components that the fresh adversary sees: 64 MiB in fp32
 OPEN = 0.1  # a second threshold of L0, beside 0
 
@@ -43,24 +43,26 @@ class Fvu:
 def evaluate(module: nn.Module, blocks: Iterable[Block], device: str = "cpu") -> dict[str, float]:
     """Every metric of `metrics.json` that comes from data, for any module."""
     fvus: dict[str, Fvu] = {}
-    fired, l0, l0_open = None, 0.0, 0.0
+    fired, rows, l0, l0_open = None, 0, 0.0, 0.0
     kept_x, kept_y = [], []
     for block in blocks:
         x, y = block.x.to(device), block.y.to(device)
-        output = module(x)
-        fvus.setdefault("fvu", Fvu()).update(y, output.reconstruction)
-        active = output.code != 0
         if isinstance(module, spd.Spd):
             look = module.look(x)
-            active = look.importance > 0
+            reconstructions, active = {"fvu": look.low}, look.importance > 0
             l0_open += (look.importance > OPEN).sum().item()
-            for name, mask in _masks(look, fvus["fvu"].rows).items():
-                fvus.setdefault(f"fvu_{name}", Fvu()).update(y, module.decode(look.h * mask))
+            for name, mask in _masks(look, seed=rows).items():
+                reconstructions[f"fvu_{name}"] = module.decode(look.h * mask)
             if sum(map(len, kept_x)) < (most := max(1, ADVERSARY_ENTRIES // len(module.gate))):
                 kept_x.append(x), kept_y.append(y)
+        else:
+            output = module(x)
+            reconstructions, active = {"fvu": output.reconstruction}, output.code != 0
+        for name, reconstruction in reconstructions.items():
+            fvus.setdefault(name, Fvu()).update(y, reconstruction)
+        rows += len(x)
         l0 += active.sum().item()
         fired = active.sum(dim=0) + (0 if fired is None else fired)
-    rows = fvus["fvu"].rows
     metrics = {name: fvu.value() for name, fvu in fvus.items()}
     metrics |= {"l0": l0 / rows, "alive": int((fired > 0).sum()), "dead_fraction": (fired == 0).float().mean().item()}
     if isinstance(module, spd.Spd):

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cache.config import parse_layers
-from cache.run import pick_device
+from cache.run import pick_device, require_one_process
 from cache.shards import PARTIAL, write_file
 from cache.store import Store, read_json
 from cache.target import check_out, discard
@@ -49,8 +48,7 @@ class Statistics(NamedTuple):
 
 def run(config: TrainConfig, on_progress: Progress = lambda what, done, total, live: None) -> list[Summary]:
     """Train what `config` asks for, one run per layer; runs that are finished are left as they are."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and this version trains in one process: start one")
+    require_one_process()
     path = config.store or newest_store(Path("runs"))
     store = Store.open(path)
     wanted = str(store.layers[len(store.layers) // 2]) if config.layers is None else config.layers
@@ -79,15 +77,14 @@ def check(config: TrainConfig, mlp: MLP, layer: int) -> None:
     if config.kind == "topk":
         check_k(config.k, config.expansion * mlp.width)
     if config.kind == "gated-topk":
-        check_k(config.k, mlp.width * (1 if config.init == "expansion" else config.expansion))
+        check_k(config.k, config.expansion * mlp.width // family(config))
 
 
 def train_layer(store: Store, config: TrainConfig, on_progress: Progress) -> Summary:
     device = pick_device(config.device)
     config = dataclasses.replace(config, lr=config.lr or DEFAULT_LR[config.kind, config.init])
     mlp = store.mlp(config.layer)
-    family = config.expansion if config.kind == "gated-topk" and config.init == "expansion" else 1
-    facts = {"store_digest": store.digest, "activation": mlp.activation, "family": family}
+    facts = {"store_digest": store.digest, "activation": mlp.activation, "family": family(config)}
     batches = Batches(store, config.layer, config.batch_size, config.data_seed)
     folder = check_out(config.out or store.path.parent / default_name(config, facts))
     on_progress(f"layer {config.layer}", 0, 0, {})
@@ -170,7 +167,12 @@ def build(config: TrainConfig, mlp: MLP, statistics: Statistics) -> nn.Module:
                                    down_norm=norm, generator=generator)  # fmt: skip
     if config.kind == "spd":
         return spd.Spd(wide, output_variance=statistics.output_variance, **scales)
-    return GatedTopK(wide, k=config.k, family=config.expansion if config.init == "expansion" else 1, **scales)
+    return GatedTopK(wide, k=config.k, family=family(config), **scales)
+
+
+def family(config: TrainConfig) -> int:
+    """How many neighbouring latents share one place among the k: copies of a neuron do, random latents do not."""
+    return config.expansion if config.kind == "gated-topk" and config.init == "expansion" else 1
 
 
 def build_objective(config: TrainConfig, module: nn.Module, mlp: MLP, statistics: Statistics) -> nn.Module:
